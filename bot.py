@@ -1,0 +1,3775 @@
+"""A Telegram bot that gives every topic of a private chat its own Kiro CLI session.
+
+    python bot.py              serve Telegram until SIGINT or SIGTERM
+    python bot.py --check      try everything once, say what was found, exit 0 or 1
+    python bot.py --console    talk to Kiro in this terminal, through the same conversation code
+
+A message travels through this file from top to bottom:
+
+    Poll           one long-poll loop; it parses, asks the gate, journals, hands over, and waits for nobody
+    Commands       what the bot answers itself: /status, /model, buttons, presses
+    Conversation   one per (user, thread): what waits, the turn that runs, the process it owns
+    Prompt         what a message says to Kiro, with its quotes and files
+    Kiro           one child process speaking ACP on stdio, and the locks on its sessions
+    Reply          the one door to Telegram, a chat's pace, drafts and lasting messages
+    Markdown       what Kiro writes, made safe and cut to size
+    Running        start, stop, the console, the check
+
+Glossary.  *chat*: a private chat; its id is the user's id.  *thread*: a topic's message_thread_id, 0 outside any topic.
+*conversation*: what belongs to one (user, thread).  *session*: Kiro's memory of it.  *turn*: from taking messages to the
+answer's last part; Kiro's turn is the stretch between `session/prompt` and its response.  *draft*: Telegram's streamed
+preview; a *frame* is one version of it.  *part*: one lasting message of an answer.  *place*: the right to have one Kiro
+process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and waits for its message.
+
+Threads.  main: starts, then waits for a signal.  poll: `Poll.run`; it calls Telegram's getUpdates and the database,
+nothing else.  errands: a small pool that answers commands and presses.  conversation: one for each conversation that has
+work or a warm process; it alone calls Kiro and sends drafts and answers.  For each Kiro process four more: reader, writer,
+stderr, and a waiter, which alone ends what is left of the process and gives its place back.
+
+Locks, each held for a moment and never across a network call: `Conversation.lock` (what waits, the turn, its permission
+requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is gone),
+`Bot._lock` (the table of conversations), and the database's own.
+
+Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of the project's notes on
+kiro-cli's ACP mode and on the Bot API, where their sources are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import mimetypes
+import os
+import queue
+import random
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import unicodedata
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+import requests
+import telebot
+import urllib3
+from dotenv import load_dotenv
+from telebot import apihelper, types, util
+from telebot.version import __version__ as telebot_version
+
+from sessions import InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
+
+log = logging.getLogger("bot")
+
+DATABASE = "tg-acp.db"
+
+
+# ======================================================================================================================
+# Settings
+# ======================================================================================================================
+
+TELEGRAM_API = "https://api.telegram.org"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class SettingsError(Exception):
+    """A setting is missing or bad; the text is one line that names it."""
+
+
+class Settings(NamedTuple):
+    """The settings of `.env`, checked."""
+    token: str
+    allowed: "frozenset[int]"     # Telegram user ids
+    kiro_command: "list[str]"
+    workspaces: Path              # absolute, resolved
+    max_processes: int
+    warm_seconds: float
+    ask_permission: bool
+    silence_seconds: float
+    rich_messages: bool
+    log_level: str
+    api_url: str
+    folder: Path                  # the bot's own: `.env` and the database are here
+
+
+def read_settings(env: "dict[str, str]", folder: Path, need_token: bool = True) -> Settings:
+    """Return the settings found in `env`; relative paths are taken from `folder`.  Raises SettingsError."""
+    def value(name: str, default: str = "") -> str:
+        return env.get(name, "").strip() or default
+
+    return Settings(
+        token=_token(value("BOT_TOKEN"), need_token),
+        allowed=_user_ids(value("ALLOWED_TELEGRAM_IDS")),
+        kiro_command=_command(value("KIRO_COMMAND", "kiro-cli acp --agent-engine v2"), folder),
+        workspaces=(folder / Path(value("WORKSPACE_BASE_PATH", "./workspaces/")).expanduser()).resolve(),
+        max_processes=int(_number("MAX_PROCESSES", value("MAX_PROCESSES", "3"), at_least=1, whole=True)),
+        warm_seconds=_number("WARM_SECONDS", value("WARM_SECONDS", "300"), at_least=0),
+        ask_permission=_choice("TOOL_APPROVAL", value("TOOL_APPROVAL", "ask"), ("ask", "allow")) == "ask",
+        silence_seconds=_number("SILENCE_SECONDS", value("SILENCE_SECONDS", "600"), at_least=1),
+        rich_messages=_choice("RICH_MESSAGES", value("RICH_MESSAGES", "on"), ("on", "off")) == "on",
+        log_level=_choice("LOG_LEVEL", value("LOG_LEVEL", "INFO"), LOG_LEVELS),
+        api_url=_url("TELEGRAM_API_URL", value("TELEGRAM_API_URL", TELEGRAM_API)),
+        folder=folder,
+    )
+
+
+def _token(text: str, needed: bool) -> str:
+    if not text and not needed:
+        return ""
+    if not text:
+        raise SettingsError("BOT_TOKEN is missing: get one from @BotFather and put it into .env")
+    if not re.fullmatch(r"\d+:[\w-]+", text, re.ASCII):
+        raise SettingsError("BOT_TOKEN is not a bot token: it looks like 123456:ABC-DEF, as @BotFather gave it")
+    return text
+
+
+def _user_ids(text: str) -> "frozenset[int]":
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"[1-9]\d{0,18}", name, re.ASCII):
+            raise SettingsError(f"ALLOWED_TELEGRAM_IDS: {name!r} is no numeric user id (write to the bot to learn yours)")
+    return frozenset(map(int, names))
+
+
+def _command(text: str, folder: Path) -> "list[str]":
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise SettingsError(f"KIRO_COMMAND can't be read as a command line: {error}") from error
+    if not words:
+        raise SettingsError("KIRO_COMMAND is empty")
+    return [_absolute(word, folder, is_program=n == 0) for n, word in enumerate(words)]
+
+
+def _absolute(word: str, folder: Path, is_program: bool) -> str:
+    """Return a relative path that exists as absolute, since Kiro runs in another folder; anything else as it is."""
+    if word.startswith(("-", "/")) or (is_program and "/" not in word):
+        return word
+    for base in (folder, Path(__file__).resolve().parent):
+        if (base / word).is_file() or ("/" in word and (base / word).exists()):
+            return str(base / word)
+    return word
+
+
+def _number(name: str, text: str, at_least: float, whole: bool = False) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (at_least <= number < math.inf) or (whole and number != int(number)):
+        raise SettingsError(f"{name}: {text!r} is not a {'whole ' if whole else ''}number of at least {at_least:g}")
+    return number
+
+
+def _choice(name: str, text: str, choices: "tuple[str, ...]") -> str:
+    for choice in choices:
+        if text.lower() == choice.lower():
+            return choice
+    raise SettingsError(f"{name}: {text!r} is none of {', '.join(choices)}")
+
+
+def _url(name: str, text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise SettingsError(f"{name}: {text!r} is no http or https address")
+    return text.rstrip("/")
+
+
+class Redacted(logging.Formatter):
+    """Log lines in which the bot's token can't appear, whatever brought it there [tg 5.6]."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._secret = token.partition(":")[2]
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line.replace(self._secret, "<token>") if self._secret else line
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Log to stderr, ours and every library's, through the one formatter."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Redacted(settings.token))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    telebot.logger.handlers.clear()
+    telebot.logger.setLevel(max(logging.getLevelName(settings.log_level), logging.INFO))   # its DEBUG logs every answer
+    threading.excepthook = lambda args: log.critical("A thread ended unexpectedly", exc_info=args[:3])
+
+
+# ======================================================================================================================
+# Poll: updates in, one loop; gate and journal
+# ======================================================================================================================
+
+ALLOWED_UPDATES = ["message", "edited_message", "callback_query", "stopped_message_generation"]   # sticky, so always given
+POLL_SECONDS = 25               # a long poll; Telegram's cap is 50 [tg 5.1]
+CONFLICT_SECONDS = POLL_SECONDS + 10   # longer than a poll, so that two bots don't throw each other out in turns
+CONFLICTS_AT_MOST = 8
+POLL_RETRY_SECONDS = (1, 2, 4, 8, 15, 30)
+STRANGERS_REMEMBERED = 1000
+MESSAGE_KINDS = frozenset(["text", "photo", "document", "audio", "voice", "video", "video_note", "animation", "sticker",
+                           "rich_message"])
+
+
+class Closing(Exception):
+    """The bot is stopping: leave everything as it is."""
+
+
+class Poll:
+    """Fetch updates and hand them over.  Its thread waits for Telegram and the database only."""
+
+    def __init__(self, bot: Bot) -> None:
+        self._bot = bot
+        self._commands = Commands(bot)
+        self._strangers: "set[int]" = set()
+        self._batch: "list[Accepted]" = []
+        self._body = ""                        # the update in hand, as JSON
+        self._update_id = 0
+        self._told_of_trouble: "set[int]" = set()
+        self._telebot = telebot.TeleBot(bot.settings.token, threaded=False)
+        self._register()
+
+    def _register(self) -> None:
+        """Register the telebot handlers; without filters, since the gate decides."""
+        for add, handler in ((self._telebot.add_message_handler, self._on_message),
+                             (self._telebot.add_edited_message_handler, self._on_edit),
+                             (self._telebot.add_callback_query_handler, self._on_press),
+                             (self._telebot.add_stopped_message_generation_handler, self._on_stop)):
+            add({"function": handler, "pass_bot": False, "filters": {}})
+
+    def run(self) -> None:
+        """Poll until the bot closes.  The next poll's offset is what tells Telegram that a batch was received [tg 5.5]."""
+        offset, failures, conflicts = None, 0, 0
+        while not self._bot.closing.is_set():
+            try:
+                updates = self._fetch(offset)
+                offset = self._take(updates) or offset
+                failures = conflicts = 0
+                continue
+            except Unauthorized:
+                return self._bot.quit(1, "Telegram no longer accepts BOT_TOKEN (401): get the current one from @BotFather")
+            except Conflict as error:
+                conflicts += 1
+                if conflicts > CONFLICTS_AT_MOST:
+                    return self._bot.quit(1, f"Giving up: {error}")
+                pause = self._resolve(error)
+            except TooManyRequests as error:
+                pause = error.seconds
+            except (Unreachable, Refused) as error:
+                pause = POLL_RETRY_SECONDS[min(failures, len(POLL_RETRY_SECONDS) - 1)]
+                log.log(logging.DEBUG if failures else logging.WARNING, "Telegram can't be polled: %s", error)
+                failures += 1
+            except StoreError as error:
+                pause = POLL_RETRY_SECONDS[min(failures + 2, len(POLL_RETRY_SECONDS) - 1)]
+                log.error("Messages can't be journaled and stay with Telegram: %s", error)
+                failures += 1
+            self._bot.closing.wait(pause)
+
+    def _fetch(self, offset: Optional[int]) -> "list[dict]":
+        updates = self._bot.telegram.call(apihelper.get_updates, offset=offset, timeout=10,
+                                          long_polling_timeout=POLL_SECONDS, allowed_updates=ALLOWED_UPDATES)
+        return updates if isinstance(updates, list) else []
+
+    def _resolve(self, conflict: Conflict) -> float:
+        """Return how long to wait after a 409, which is another bot's poll or a webhook."""
+        log.error("%s", conflict)
+        if "webhook" not in str(conflict):
+            return CONFLICT_SECONDS
+        log.warning("Removing the webhook that was set for this bot, since it polls")
+        try:
+            self._bot.telegram.call(apihelper.delete_webhook)
+        except (Unreachable, Refused, TooManyRequests) as error:
+            log.error("The webhook can't be removed: %s", error)
+            return CONFLICT_SECONDS
+        return 0
+
+    def _take(self, updates: "list[dict]") -> Optional[int]:
+        """Journal and hand over a batch; return the offset that acknowledges it.  Raises StoreError: not acknowledged."""
+        if not updates:
+            return None
+        self._batch = []
+        for update in updates:
+            self._dispatch(update)
+        batch, self._batch = self._batch, []
+        try:
+            new = self._bot.store.receive([a.row for a in batch if a.kind == "message"],
+                                          [a.row for a in batch if a.kind == "edit"])
+        except StoreError as error:
+            self._tell_of_trouble(batch, error)
+            raise
+        finally:
+            for accepted in batch:
+                if accepted.kind == "press":       # needs no journal, and /stop must work on a full disk too
+                    self._hand_over(accepted)
+        self._told_of_trouble.clear()
+        for accepted in batch:
+            if accepted.kind == "edit" or accepted.row and accepted.row.update_id in new:
+                self._hand_over(accepted)
+        return max(update["update_id"] for update in updates) + 1
+
+    def _dispatch(self, update: dict) -> None:
+        """Parse one update and let its handler look at it; whatever is wrong with it stays with it."""
+        self._body, self._update_id = json.dumps(update, ensure_ascii=False), update["update_id"]
+        try:
+            self._telebot.process_new_updates([types.Update.de_json(self._body)])
+        except Exception as error:   # telebot's parsers raise anything [tg 1.3]; a bad update must not stop the others
+            log.error("Update %s can't be read and is left out: %r", self._update_id, error)
+            self._apologize(update)
+
+    def _apologize(self, update: dict) -> None:
+        message = update.get("message")
+        sender = message.get("from", {}).get("id") if isinstance(message, dict) else None
+        if sender in self._bot.settings.allowed and message.get("chat", {}).get("id") == sender:
+            self._bot.errand(self._bot.chat(sender, 0).say, "I couldn't read one of your messages. Please send it in another way.")
+
+    def _hand_over(self, accepted: Accepted) -> None:
+        try:
+            accepted.action()
+        except Exception:   # a bug in one action must not stop the loop
+            log.exception("An update could not be handled")
+
+    def _tell_of_trouble(self, batch: "list[Accepted]", error: StoreError) -> None:
+        for user_id, thread_id in {(a.row.user_id, a.row.thread_id) for a in batch if a.row} - self._told_of_trouble:
+            self._told_of_trouble.add((user_id, thread_id))
+            self._bot.errand(self._bot.chat(user_id, thread_id).say, f"⚠️ I can't store messages at the moment ({error}). "
+                             "Yours is safe with Telegram; I'll take it as soon as I can.")
+
+    # -- the gate: first of all, who and where -------------------------------------------------------------------------
+
+    def _lets_in(self, sender: Optional[types.User], chat: types.Chat) -> bool:
+        """Only allowed users in their own private chat; in a group others would read the answers."""
+        user_id = sender.id if sender else chat.id      # a press on Stop has no sender [tg 1.3]
+        return chat.type == "private" and chat.id == user_id and user_id in self._bot.settings.allowed
+
+    def _turn_away(self, message: types.Message) -> None:
+        """Tell a stranger their id, once; that is how an owner learns it."""
+        stranger = message.from_user.id if message.from_user else None
+        if message.chat.type != "private" or stranger is None or stranger in self._strangers:
+            return
+        if len(self._strangers) >= STRANGERS_REMEMBERED:
+            self._strangers.clear()
+        self._strangers.add(stranger)
+        log.info("A stranger wrote: user %s", stranger)
+        self._bot.errand(self._bot.telegram.call, apihelper.send_message, message.chat.id,
+                         f"This bot is private. Your Telegram user id is {stranger}; its owner can add it to "
+                         "ALLOWED_TELEGRAM_IDS.", chat=message.chat.id, message_thread_id=thread_of(message) or None)
+
+    # -- handlers: they look, and say what is to be done once the batch is in the journal ---------------------------------
+
+    def _on_message(self, message: types.Message) -> None:
+        if not self._lets_in(message.from_user, message.chat):
+            return self._turn_away(message)
+        if message.content_type in util.content_type_service:
+            return
+        incoming = Incoming(self._update_id, message)
+        self._batch.append(Accepted("message", lambda: self._commands.route(incoming), self._row(message)))
+
+    def _on_edit(self, message: types.Message) -> None:
+        if self._lets_in(message.from_user, message.chat) and message.content_type in MESSAGE_KINDS:
+            incoming = Incoming(self._update_id, message)
+            self._batch.append(Accepted("edit", lambda: self._commands.edit(incoming), self._row(message)))
+
+    def _on_press(self, press: types.CallbackQuery) -> None:
+        if press.message and self._lets_in(press.from_user, press.message.chat):
+            self._batch.append(Accepted("press", lambda: self._commands.press(press)))
+
+    def _on_stop(self, stop: types.MessageGenerationStopped) -> None:
+        if self._lets_in(None, stop.chat):
+            self._batch.append(Accepted("press", lambda: self._commands.stop_draft(stop.chat.id, stop.draft_id)))
+
+    def _row(self, message: types.Message) -> InboxMessage:
+        return InboxMessage(self._update_id, message.chat.id, thread_of(message), message.message_id, self._body)
+
+
+class Accepted(NamedTuple):
+    """An update that the gate let in."""
+    kind: str                              # "message", "edit" or "press"
+    action: "Callable[[], None]"           # hands it over; run on the poll thread, so it must not wait
+    row: Optional[InboxMessage] = None     # for the journal
+
+
+class Incoming:
+    """A message that a conversation is to handle."""
+
+    def __init__(self, update_id: int, message: types.Message) -> None:
+        self.update_id = update_id
+        self.message = message
+        self.arrived = time.monotonic()
+        self.files: "Optional[list[Attachment]]" = None    # once they are downloaded
+        self.command, self.argument = command_of(message)
+
+    @classmethod
+    def from_journal(cls, row: InboxMessage) -> Incoming:
+        """Return the message of a journal row.  Raises whatever telebot's parsers raise."""
+        update = types.Update.de_json(row.body)
+        return cls(row.update_id, update.message or update.edited_message)
+
+    @property
+    def key(self) -> "tuple[int, int]":
+        """(user, thread)"""
+        return self.message.chat.id, thread_of(self.message)
+
+    @property
+    def goes_alone(self) -> bool:
+        """Commands are never joined with anything."""
+        return bool(self.command)
+
+    @property
+    def may_continue(self) -> bool:
+        """Is there more to come: an album has no end mark [tg 4], a long pasted text is split by the client."""
+        return bool(self.message.media_group_id) or len(self.message.text or "") >= SPLIT_TEXT_LENGTH
+
+
+def thread_of(message: types.Message) -> int:
+    """Return the topic's id, 0 outside; message_thread_id alone also appears on replies [tg 3.2]."""
+    return message.message_thread_id or 0 if getattr(message, "is_topic_message", None) else 0
+
+
+def command_of(message: types.Message) -> "tuple[str, str]":
+    """Return ("new", "the rest") for "/new the rest", two empty strings for what is no command."""
+    match = re.match(r"/([A-Za-z0-9_-]+)(?:@\w+)?(?:\s+(.*))?$", message.text or "", re.S)
+    return (match[1].lower(), (match[2] or "").strip()) if match else ("", "")
+
+
+# ======================================================================================================================
+# The bot: what all parts share
+# ======================================================================================================================
+
+ERRAND_THREADS = 4
+
+
+class Bot:
+    """Everything with one owner: settings, database, Telegram, places, conversations, living Kiro processes."""
+
+    def __init__(self, settings: Settings, store: SessionStore) -> None:
+        self.settings = settings
+        self.store = store
+        self.closing = threading.Event()       # no new turns, no repeats
+        self.finished = threading.Event()      # main may end the program
+        self.exit_status = 0
+        self.telegram = Telegram(settings, self.closing)
+        self.places = Places(settings.max_processes)
+        self.processes: "set[Kiro]" = set()    # started and not gone; each has a waiter that ends it
+        self.permissions: "dict[str, Conversation]" = {}   # open questions by their token
+        self._conversations: "dict[tuple[int, int], Conversation]" = {}
+        self._lock = threading.Lock()
+        self._errands = ThreadPoolExecutor(ERRAND_THREADS, thread_name_prefix="errand")
+
+    def chat(self, user_id: int, thread_id: int) -> Topic:
+        """Return a way to speak in this topic."""
+        return Topic(self.telegram, user_id, thread_id, self.settings.rich_messages)
+
+    def conversation(self, user_id: int, thread_id: int) -> Conversation:
+        """Return the conversation of this topic, made when there was none."""
+        with self._lock:
+            key = user_id, thread_id
+            if key not in self._conversations:
+                self._conversations[key] = Conversation(self, user_id, thread_id, self.chat(*key))
+            return self._conversations[key]
+
+    def conversations(self) -> "list[Conversation]":
+        """Return the conversations there are."""
+        with self._lock:
+            return list(self._conversations.values())
+
+    def errand(self, action: "Callable[..., Any]", *args: Any, **kwargs: Any) -> None:
+        """Run something short that talks to Telegram, away from the calling thread."""
+        self._errands.submit(self._run_errand, action, args, kwargs)
+
+    def _run_errand(self, action: "Callable[..., Any]", args: tuple, kwargs: dict) -> None:
+        try:
+            action(*args, **kwargs)
+        except Closing:
+            pass
+        except (Refused, Unreachable, TooManyRequests, StoreError) as error:
+            log.warning("Not said: %s", error)
+        except Exception:   # the pool would swallow it
+            log.exception("An errand failed")
+
+    def quit(self, status: int, reason: str) -> None:
+        """End the program with this exit status."""
+        log.log(logging.ERROR if status else logging.INFO, "%s", reason)
+        self.exit_status = status
+        self.finished.set()
+
+    def recover(self) -> None:
+        """Take up what a former run left: unfinished turns first, then the messages that still wait."""
+        for turn in self.store.unfinished():
+            if turn.user_id in self.settings.allowed:
+                self.conversation(turn.user_id, turn.thread_id).finish_turn(turn)
+        commands = Commands(self)
+        for row in self.store.waiting():
+            if row.user_id not in self.settings.allowed:
+                continue
+            try:
+                incoming = Incoming.from_journal(row)
+            except Exception as error:   # telebot's parsers raise anything
+                log.error("A journaled message can't be read and is left out: %r", error)
+                self.store.done(row.update_id)
+                continue
+            commands.route(incoming)
+
+    def shut_down(self) -> None:
+        """Within two seconds: cancel and end of stdin for all children, TERM, KILL; keep what was said for the cards."""
+        self.closing.set()
+        began = time.monotonic()
+        for kiro in list(self.processes):
+            kiro.cancel()
+            kiro.end(patience=None)
+        for deadline, signal_number in ((1.0, signal.SIGTERM), (1.5, signal.SIGKILL), (1.8, None)):
+            while self.processes and time.monotonic() - began < deadline:
+                time.sleep(0.01)
+            for kiro in list(self.processes) if signal_number else ():
+                kiro.signal(signal_number, leftovers=True)
+        for conversation in self.conversations():
+            conversation.keep_partial()
+
+
+# ======================================================================================================================
+# Commands: what the bot answers itself
+# ======================================================================================================================
+
+COMMANDS = {"new": "Start a fresh session in this topic",
+            "stop": "Stop what Kiro is doing",
+            "model": "Show or choose the model",
+            "status": "Session, model, folder, what is running",
+            "help": "What this bot can do"}
+HELP = """I give every topic of this chat its own Kiro session with its own folder. Just write; Kiro answers.
+
+• While Kiro works you can go on writing: it all goes to Kiro together when the answer is there.
+• Photos, files and voice messages are saved in the topic's folder (uploads/), and Kiro is told where.
+• Reply to a message, or quote a part of it, and Kiro sees what you mean.
+• Kiro can send you files from its folder.
+
+/new – a fresh session in this topic (folder and model stay)
+/stop – stop what Kiro is doing; so does the Stop button below a draft
+/model – show or choose the model
+/status – session, model, folder, what is running
+Any other /command goes to Kiro as it is, for example /compact."""
+UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
+OVER = "This is over."
+
+
+class Commands:
+    """Answers commands and presses.  `route`, `edit`, `press` and `stop_draft` are called on the poll thread: they only
+    look and hand over; the rest runs as errands."""
+
+    def __init__(self, bot: Bot) -> None:
+        self._bot = bot
+
+    def route(self, incoming: Incoming) -> None:
+        """Hand a journaled message to whoever answers it."""
+        conversation = self._bot.conversation(*incoming.key)
+        if incoming.command == "stop":
+            self._bot.errand(self._stop, incoming, conversation.stop())
+        elif incoming.command in ("start", "help"):
+            self._bot.errand(self._reply, incoming, HELP)
+        elif incoming.command == "status":
+            self._bot.errand(self._status, incoming)
+        elif incoming.command == "model" and conversation.models:
+            self._bot.errand(self._model, incoming)
+        elif incoming.message.content_type in MESSAGE_KINDS and not is_animated(incoming.message):
+            conversation.add(incoming)
+        else:
+            kind = incoming.message.content_type or "unknown to me"
+            self._bot.errand(self._reply, incoming, UNSUPPORTED.format(kind=kind))
+
+    def edit(self, incoming: Incoming) -> None:
+        """A message was edited: as long as it waits, it goes as edited."""
+        conversation = self._bot.conversation(*incoming.key)
+        if conversation.edit(incoming) == "too late":
+            self._bot.errand(conversation.chat.say, "Your edit came too late: Kiro already has the message as it was. "
+                             "Send the correction as a new message.")
+
+    def stop_draft(self, user_id: int, draft_id: int) -> None:
+        """The Stop button of a draft; only the running turn's own draft counts."""
+        for conversation in self._bot.conversations():
+            if conversation.user_id == user_id:
+                conversation.stop(draft_id)
+
+    def press(self, press: types.CallbackQuery) -> None:
+        """A button: data that this bot didn't make does nothing."""
+        data = press.data or ""
+        if match := re.fullmatch(r"ask:([0-9a-f]{16}):(\d{1,2})", data):
+            self._bot.errand(self._decided, press, self._decide(press, match[1], int(match[2])))
+        elif match := re.fullmatch(r"(again|drop):(\d{1,18})", data):
+            self._bot.errand(self._again if match[1] == "again" else self._drop, press, int(match[2]))
+        elif match := re.fullmatch(r"model:(\d{1,18}):([0-9a-f]{16})", data):
+            self._bot.errand(self._model_pressed, press, int(match[1]), match[2])
+
+    def _reply(self, incoming: Incoming, text: str, buttons: "Optional[list]" = None) -> None:
+        self._bot.conversation(*incoming.key).chat.say(text, buttons)
+        self._bot.store.done(incoming.update_id)
+
+    def _stop(self, incoming: Incoming, stopping: bool) -> None:
+        if stopping:                       # the turn's answer says that it was stopped, when it is true
+            return self._bot.store.done(incoming.update_id)
+        self._reply(incoming, "Nothing is running in this topic.")
+
+    def _status(self, incoming: Incoming) -> None:
+        self._reply(incoming, self._bot.conversation(*incoming.key).status())
+
+    def _model(self, incoming: Incoming) -> None:
+        self._reply(incoming, *self._bot.conversation(*incoming.key).answer_model(incoming.argument))
+
+    def _decide(self, press: types.CallbackQuery, token: str, index: int) -> Optional[str]:
+        conversation = self._bot.permissions.get(token)
+        if conversation is None or conversation.user_id != press.from_user.id:
+            return None
+        return conversation.decide(token, index, press.message.message_id)
+
+    def _decided(self, press: types.CallbackQuery, choice: Optional[str]) -> None:
+        self._toast(press, choice or OVER)
+        if choice is None:
+            self._settle(press, OVER)
+
+    def _again(self, press: types.CallbackQuery, turn_id: int) -> None:
+        rows = self._rows(press, turn_id)
+        rows = self._bot.store.ask_again(turn_id) if rows else []
+        self._toast(press, "Asking again" if rows else OVER)
+        commands = Commands(self._bot)
+        for row in rows:
+            commands.route(Incoming.from_journal(row))
+        self._settle(press, "Asked again." if rows else OVER)
+
+    def _drop(self, press: types.CallbackQuery, turn_id: int) -> None:
+        dropped = bool(self._rows(press, turn_id)) and self._bot.store.drop(turn_id)
+        self._toast(press, "Dropped" if dropped else OVER)
+        self._settle(press, "Dropped." if dropped else OVER)
+
+    def _rows(self, press: types.CallbackQuery, turn_id: int) -> "list[InboxMessage]":
+        """Return the turn's messages if it is this user's and nobody works on it."""
+        rows = self._bot.store.messages_of(turn_id)
+        if not rows or rows[0].user_id != press.from_user.id:
+            return []
+        return [] if self._bot.conversation(rows[0].user_id, rows[0].thread_id).works_on(turn_id) else rows
+
+    def _model_pressed(self, press: types.CallbackQuery, thread_id: int, key: str) -> None:
+        conversation = self._bot.conversation(press.from_user.id, thread_id)
+        name = next((name for name in conversation.model_names() if model_key(name) == key), None)
+        if name is None:
+            return self._toast(press, "This list is out of date. Send /model for a new one.")
+        text, _ = conversation.answer_model(name)
+        self._toast(press, text)
+        self._settle(press, text, keep=False)
+
+    def _toast(self, press: types.CallbackQuery, text: str) -> None:
+        """Answer the press, first of all: Telegram lets it expire [tg 3.1]."""
+        try:
+            self._bot.telegram.call(apihelper.answer_callback_query, press.id, text[:200], chat=press.from_user.id)
+        except (Refused, Unreachable, TooManyRequests) as error:
+            log.debug("A press was not answered: %s", error)
+
+    def _settle(self, press: types.CallbackQuery, text: str, keep: bool = True) -> None:
+        """Take the buttons off the message that was pressed, and say there what became of it."""
+        before = getattr(press.message, "text", None) if keep else None
+        self._bot.chat(press.from_user.id, 0).settle(press.message.message_id, f"{before}\n\n{text}" if before else text)
+
+
+def is_animated(message: types.Message) -> bool:
+    """Is it a sticker that moves, which no model can look at?"""
+    sticker = message.sticker
+    return bool(sticker and (sticker.is_animated or sticker.is_video))
+
+
+def model_key(name: str) -> str:
+    """Return 16 hex digits for a model's id, which may not fit into a button's 64 bytes [acp 11]."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+# ======================================================================================================================
+# Conversation: what waits, the turn, the process
+# ======================================================================================================================
+
+JOIN_SECONDS = 1.0              # how long to wait for the rest of an album or of a pasted text
+SPLIT_TEXT_LENGTH = 4000        # clients split a pasted text at 4096
+KEEP_ALIVE_SECONDS = 20         # a draft lives for 30 seconds [tg 1.1]
+INITIALIZE_SECONDS = 30         # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
+SESSION_SECONDS = 90
+MISSING_SECONDS = 10            # for the load of a session whose file is missing; some versions never answer that
+MODEL_SECONDS = 5
+LOCK_SECONDS = 15
+DEAF_SECONDS = 20               # for a request to be read from the pipe
+STOP_SECONDS = 5                # for Kiro to obey a cancel; 2.3 were seen [acp 3.7]
+AFTERWORD_SECONDS = 1           # for the response after a `turn_end`
+INTERRUPTED_SECONDS = 3         # for the response after INTERRUPTED, which never comes [acp 4.4]
+INTERRUPTED = "Tool uses were interrupted, waiting for the next user prompt"
+PERMISSION_SECONDS = 30 * 60
+PERMISSION_SECONDS_IN_DEMAND = 2 * 60    # while another topic waits for a place
+TOOL_PATIENCE = 6               # times SILENCE_SECONDS while a tool is running
+ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
+FULL_CONTEXT = 80               # percent
+SEEN = "👀"
+
+
+class KiroFailure(Exception):
+    """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
+
+    def __init__(self, text: str, again: bool = False) -> None:
+        super().__init__(text)
+        self.again = again
+
+
+class KiroRefusal(KiroFailure):
+    """A JSON-RPC error; Kiro itself is well."""
+
+    def __init__(self, error: Any) -> None:
+        self.code = error.get("code") if isinstance(error, dict) else None
+        super().__init__(error_text(error))
+
+
+class KiroGone(KiroFailure):
+    """The process has exited, or has to."""
+
+
+class KiroSilent(KiroFailure):
+    """A request was not answered in time."""
+
+
+class SessionLost(Exception):
+    """Kiro does not have the thread's session any more."""
+
+
+class NoPlace(Exception):
+    """No process may be started or kept for this conversation now."""
+
+
+class Stopped(Exception):
+    """The user has stopped the turn."""
+
+
+class Places:
+    """The right to have a Kiro process, MAX_PROCESSES times; first come, first served.
+
+    Warm processes give way: whenever somebody queues, the one unused longest is asked to.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = count
+        self._queue: "deque[Ticket]" = deque()
+        self._warm: "dict[Conversation, Kiro]" = {}     # in order of last use
+        self._lock = threading.Lock()
+
+    def ask(self, conversation: Conversation) -> Ticket:
+        """Return a ticket, granted at once or when its turn comes; the conversation is then woken."""
+        with self._lock:
+            ticket = Ticket(conversation)
+            if self._free and not self._queue:
+                self._free -= 1
+                ticket.granted = True
+            else:
+                self._queue.append(ticket)
+                self._ask_a_warm_one()
+            return ticket
+
+    def try_take(self) -> bool:
+        """Take a place that nobody wants; False when there is none."""
+        with self._lock:
+            if not self._free or self._queue:
+                return False
+            self._free -= 1
+            return True
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Leave the queue."""
+        with self._lock:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+                return
+        self.give_back()
+
+    def give_back(self) -> None:
+        """A process has gone: its place goes to whoever waits longest."""
+        with self._lock:
+            if not self._queue:
+                self._free += 1
+                return
+            ticket = self._queue.popleft()
+            ticket.granted = True
+        ticket.conversation.post("wake")
+
+    def keep_warm(self, conversation: Conversation, kiro: Kiro) -> None:
+        """This process is not in use; it may be asked to give way."""
+        with self._lock:
+            self._warm[conversation] = kiro
+            if self._queue:
+                self._ask_a_warm_one()
+
+    def claim(self, conversation: Conversation) -> bool:
+        """Use the warm process again; False when it has been asked to give way."""
+        with self._lock:
+            return self._warm.pop(conversation, None) is not None
+
+    def in_demand(self) -> bool:
+        """Does somebody wait for a place?"""
+        with self._lock:
+            return bool(self._queue)
+
+    def _ask_a_warm_one(self) -> None:
+        if self._warm:
+            conversation = next(iter(self._warm))
+            conversation.post("give_way", self._warm.pop(conversation))
+
+
+class Ticket:
+    """A conversation's wait for a place."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.granted = False
+
+
+class Permission:
+    """A tool call that Kiro asks about."""
+
+    def __init__(self, kiro: Kiro, request_id: Any, params: dict) -> None:
+        self.token = secrets.token_hex(8)
+        self.kiro = kiro
+        self.request_id = request_id           # Kiro's, echoed as it came
+        self.options = [o for o in params.get("options") or [] if isinstance(o, dict) and "optionId" in o]
+        self.tool_call = params.get("toolCall") if isinstance(params.get("toolCall"), dict) else {}
+        self.asked_at = time.monotonic()
+        self.text = ""
+        self.message_id: Optional[int] = None  # once the question is in the topic
+        self.try_at = 0.0                      # when to try to ask (again)
+
+    def option_of_kind(self, *kinds: str) -> Optional[str]:
+        """Return the id of the first option of these kinds; ids differ between versions [acp 3.6]."""
+        for kind in kinds:
+            for option in self.options:
+                if option.get("kind") == kind:
+                    return option["optionId"]
+        return None
+
+    def answer(self, option_id: Optional[str]) -> None:
+        """Answer Kiro; None refuses."""
+        if option_id is None:
+            outcome = {"outcome": "cancelled"}
+        else:
+            outcome = {"outcome": "selected", "optionId": option_id}
+        self.kiro.respond(self.request_id, {"outcome": outcome})
+
+
+class Turn:
+    """From taking messages to their answer."""
+
+    def __init__(self, status: str) -> None:
+        self.draft_id = random.randint(1, 2**31 - 1)
+        self.status = status                   # what the draft says while Kiro says nothing
+        self.began = time.monotonic()
+        self.messages: "list[Incoming]" = []   # taken, not waiting any more
+        self.prompt: "list[dict]" = []         # as ACP content blocks
+        self.turn_id: Optional[int] = None     # the journal's, once begun
+        self.stop_at: Optional[float] = None   # when the user stopped it
+        self.cancel_sent = False
+        self.ended = False                     # Kiro is done with it; a stop comes too late
+        self.prompted_at = 0.0                 # also: when the clock of silence was set anew
+        self.end_by = math.inf                 # the response is not expected after this
+        self.heard = False                     # text, a tool call or a permission request came
+        self.pieces: "list[str]" = []          # what Kiro said
+        self.length = 0
+        self.attempt = 0                       # how many pieces were there when Kiro's present attempt began
+        self.gap = False                       # a tool lies between the last piece and the next
+        self.tools: "dict[str, dict]" = {}     # tool calls by id
+        self.running: "dict[str, str]" = {}    # titles of the running ones
+        self.permissions: "dict[str, Permission]" = {}
+        self.trouble = ""                      # Kiro's last word about limits and retries
+        self.frame_at: Optional[float] = None  # when the last frame was sent
+        self.stale = True                      # the draft is not what it should be
+
+    def say(self, text: str) -> None:
+        """Add a piece of the answer, set apart when a tool lies between."""
+        if self.length > ANSWER_AT_MOST:
+            return
+        if self.gap and self.pieces and not self.pieces[-1].endswith("\n"):
+            self.pieces.append("\n\n")
+        self.gap = False
+        self.pieces.append(text)
+        self.length += len(text)
+        self.stale = self.heard = True
+
+    def text(self) -> str:
+        """Return what Kiro has said so far."""
+        return whole_characters("".join(self.pieces)).strip("\n")
+
+    def discard_attempt(self) -> None:
+        """Kiro starts its present attempt anew [acp 3.8]."""
+        del self.pieces[self.attempt:]
+        self.stale = True
+
+
+class Conversation:
+    """What belongs to one (user, thread).
+
+    `add`, `edit`, `stop`, `decide`, `post`, `status` and `answer_model` may be called from any thread and return at
+    once.  Everything else runs on the conversation's own thread, which exists while there is work or a warm process.
+    """
+
+    def __init__(self, bot: Bot, user_id: int, thread_id: int, chat: Chat) -> None:
+        self.bot, self.settings, self.store, self.places = bot, bot.settings, bot.store, bot.places
+        self.user_id, self.thread_id, self.chat = user_id, thread_id, chat
+        self.lock = threading.Lock()            # guards the next five
+        self.waiting: "deque[Incoming]" = deque()
+        self.unfinished: "deque[UnfinishedTurn]" = deque()
+        self.turn: Optional[Turn] = None        # there is one whenever something waits or runs
+        self._running = False                   # is there a thread
+        self._burst_seen = False                # the first message that has to wait got its reaction
+        self._events: "queue.SimpleQueue[tuple]" = queue.SimpleQueue()
+        self.kiro: Optional[Kiro] = None        # the process for this or the next turn
+        self._old: "list[Kiro]" = []            # processes that are ending; they may still hold the session's lock
+        self._warm_until = 0.0
+        self._lost = ""                         # a session that Kiro does not have any more
+        self._notes: "list[str]" = []           # to be said with the next answer
+        self._unsent: "list[str]" = []          # files that could not be sent, for Kiro to hear of
+        self.models: Optional[Models] = None    # what Kiro told last, as the next three
+        self.context: Optional[float] = None    # percent
+        self.credits: Optional[float] = None
+        self._context_told = False              # that it is nearly full
+        self._refusals: "list[str]" = []        # the last turns' errors, while they are the same
+        self._no_load_told = False
+
+    # -- for all threads -----------------------------------------------------------------------------------------------
+
+    def post(self, *event: Any) -> None:
+        """Wake the conversation's thread with an event, which is the name of an `_on_` method and its arguments."""
+        self._events.put(event)
+
+    def add(self, incoming: Incoming) -> None:
+        """Take on a message."""
+        with self.lock:
+            self.waiting.append(incoming)
+            must_wait = self.turn is not None and self.turn.turn_id is not None and not self.turn.ended
+            first_to_wait, self._burst_seen = must_wait and not self._burst_seen, must_wait
+            self._start()
+        self.post("wake")
+        if first_to_wait:
+            self.bot.errand(self.chat.react, incoming.message.message_id, SEEN)
+
+    def finish_turn(self, turn: UnfinishedTurn) -> None:
+        """Take on a turn that a former run has left behind."""
+        with self.lock:
+            self.unfinished.append(turn)
+            self._start()
+        self.post("wake")
+
+    def _start(self) -> None:
+        if self.waiting and self.turn is None:
+            self.turn = Turn("Thinking…")
+        if not self._running:
+            self._running = True
+            threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
+
+    def edit(self, incoming: Incoming) -> str:
+        """Replace a waiting message by its edited version; return "edited", "too late" or "unknown"."""
+        message = incoming.message
+        with self.lock:
+            for n, old in enumerate(self.waiting):
+                if old.message.message_id == message.message_id:
+                    incoming.update_id, incoming.arrived = old.update_id, old.arrived
+                    incoming.files = old.files if file_id_of(old.message) == file_id_of(message) else None
+                    self.waiting[n] = incoming
+                    return "edited"
+            taken = self.turn.messages if self.turn else []
+            late = [m for m in taken if m.message.message_id == message.message_id and words(m.message) != words(message)]
+            return "too late" if late else "unknown"
+
+    def stop(self, draft_id: Optional[int] = None) -> bool:
+        """End the turn; return False when there is none, or not this draft's."""
+        with self.lock:
+            turn = self.turn
+            if turn is None or turn.ended or draft_id not in (None, turn.draft_id):
+                return False
+            if turn.stop_at is None:
+                turn.stop_at = time.monotonic()
+        self.post("wake")
+        return True
+
+    def decide(self, token: str, index: int, message_id: int) -> Optional[str]:
+        """Answer a permission request; return the option's name, or None when it is over."""
+        with self.lock:
+            permission = self.turn.permissions.get(token) if self.turn else None
+            if permission is None or index >= len(permission.options):
+                return None
+            self._forget(permission)
+        option = permission.options[index]
+        permission.answer(option["optionId"])
+        choice = f"→ {option.get('name') or option['optionId']}"
+        self.bot.errand(self.chat.settle, message_id, f"{permission.text}\n\n{choice}")
+        self.post("wake")
+        return choice
+
+    def _forget(self, permission: Permission) -> None:
+        """A request is being answered; the clock of silence starts anew."""
+        del self.turn.permissions[permission.token]
+        self.bot.permissions.pop(permission.token, None)
+        self.turn.prompted_at = time.monotonic()
+
+    def works_on(self, turn_id: int) -> bool:
+        """Is this turn running, or about to be finished?"""
+        with self.lock:
+            return (self.turn is not None and self.turn.turn_id == turn_id
+                    or any(turn.turn_id == turn_id for turn in self.unfinished))
+
+    def keep_partial(self) -> None:
+        """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
+        turn = self.turn
+        if turn is None or turn.turn_id is None or turn.ended:
+            return
+        try:
+            self.store.keep_partial(turn.turn_id, visible_text(turn.text())[0])
+        except StoreError as error:
+            log.error("A partial answer can't be kept: %s", error)
+
+    def status(self) -> str:
+        """Return what /status says."""
+        record = self.store.get_session(self.user_id, self.thread_id)
+        with self.lock:
+            turn, waiting = self.turn, len(self.waiting)
+        lines = [f"Session: {record.session_id if record else 'none yet'}",
+                 f"Model: {record.model if record else 'auto'}",
+                 f"Folder: {record.workspace_path if record else self._default_workspace()}"]
+        if self.context is not None:
+            lines.append(f"Context used: {self.context:.0f} %")
+        if self.credits is not None:
+            lines.append(f"Last turn: {self.credits:.4g} credits")
+        if turn is None:
+            lines.append("Nothing is running.")
+        elif turn.turn_id is None:
+            lines.append(f"Starting: {turn.status}")
+        else:
+            lines.append(f"Running for {time.monotonic() - turn.began:.0f} s, {waiting} waiting.")
+        return "\n".join(lines)
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    def model_names(self) -> "list[str]":
+        """Return the ids of the models that Kiro reported last."""
+        return [name for name, _ in self.models.offered] if self.models else []
+
+    def answer_model(self, wanted: str) -> "tuple[str, Optional[list]]":
+        """Choose a model, or list them when none is wanted; return a text and buttons."""
+        names = self.model_names()
+        if not names:
+            return "Kiro reports no models to choose from.", None
+        if wanted and wanted in names:
+            self.store.set_model(self.user_id, self.thread_id, wanted)
+            self.post("model_chosen")
+            return f"Model for this topic: {wanted}, from the next message on.", None
+        chosen = self.store.get_model(self.user_id, self.thread_id)
+        if wanted:
+            text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
+        else:
+            text = f"Model for this topic: {chosen}. Choose with a button or /model NAME:"
+        label = {name: label for name, label in self.models.offered}
+        return text, [[(("✓ " if name == chosen else "") + label[name], f"model:{self.thread_id}:{model_key(name)}")]
+                      for name in names]
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._has_work():
+                self._step()
+        except Closing:
+            pass
+
+    def _has_work(self) -> bool:
+        """Is there a reason for this thread to go on?  If not, it is over."""
+        with self.lock:
+            self._running = bool(self.waiting or self.unfinished or self.kiro)
+            return self._running
+
+    def _step(self) -> None:
+        """Do the next piece of work; whatever goes wrong with it must not stop those that follow."""
+        turn = self.turn
+        try:
+            if self.unfinished:
+                self._recover(self.unfinished[0])
+            elif turn:
+                self._serve(turn)
+            else:
+                self._idle()
+        except (NoPlace, Stopped):
+            pass
+        except Exception as error:   # a bug, or the database: the topic must hear of it, and the next message must work
+            if isinstance(error, Closing) or self.bot.closing.is_set():
+                raise Closing from error
+            log.exception("Conversation %s/%s", self.user_id, self.thread_id)
+            self._end_kiro(at_once=True)
+            if turn:
+                self._abandon(turn, error)
+
+    def _abandon(self, turn: Turn, error: Exception) -> None:
+        """Get rid of a turn that failed in an unforeseen way."""
+        with self.lock:
+            messages = turn.messages or self._batch()
+            for incoming in messages:
+                if incoming in self.waiting:
+                    self.waiting.remove(incoming)
+        self._close_turn(turn)
+        self.bot.errand(self.chat.say, f"⚠️ Something went wrong here: {error}. Your message is kept; I'll come back to it when "
+                        "I'm restarted, or send it again.")
+
+    def _serve(self, turn: Turn) -> None:
+        """Do what waits longest."""
+        if self.kiro and self.kiro.kept_warm and not self.places.claim(self):
+            self._end_kiro()
+        elif self.kiro:
+            self.kiro.kept_warm = False
+        job = {"new": self._serve_new, "model": self._serve_model}.get(self.waiting[0].command)
+        if job:
+            self._serve_job(turn, job)
+        else:
+            remark, offer = self._run_turn(turn)
+            self._conclude(turn, remark, offer)
+        self._close_turn(turn)
+        self._warm_up()
+
+    def _close_turn(self, turn: Turn) -> None:
+        """The turn is over; whatever waits gets the next one."""
+        turn.ended = True
+        self._refuse_all("the turn is over")
+        self.chat.leave()
+        with self.lock:
+            self.turn = Turn("Thinking…") if self.waiting else None
+
+    def _idle(self) -> None:
+        """Keep the process ready for a message until it was kept long enough, or its place is needed."""
+        kiro = self.kiro
+        kiro.kept_warm = True
+        self.places.keep_warm(self, kiro)
+        while self.kiro is kiro and self.turn is None and not self.unfinished:
+            if time.monotonic() >= self._warm_until:
+                return self._end_kiro()
+            self._pump(self._warm_until)
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _pump(self, until: float) -> None:
+        """Handle what has happened, and send a frame when one is due; return after something happened, or at `until`."""
+        if self.bot.closing.is_set():
+            raise Closing
+        wait = min(until, self._refresh()) - time.monotonic()
+        try:
+            event = self._events.get(timeout=min(max(wait, 0), 60))
+            while True:
+                getattr(self, "_on_" + event[0])(*event[1:])
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        if self.bot.closing.is_set():
+            raise Closing
+
+    def _wait(self, until: float) -> None:
+        """Pump before there is a prompt.  Raises Stopped."""
+        self._pump(until)
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.turn and self.turn.stop_at is not None:
+            raise Stopped
+
+    def _on_wake(self) -> None:
+        """Something waits, was stopped, decided or granted; the loops see for themselves.  A message hides the draft."""
+        if self.turn:
+            self.turn.stale = True
+
+    def _on_give_way(self, kiro: Kiro) -> None:
+        if kiro is self.kiro and kiro.kept_warm:
+            log.info("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
+            self._end_kiro()
+
+    def _on_model_chosen(self) -> None:
+        if self.turn is None and self.kiro and self.kiro.session_id:
+            try:
+                self._apply_model(self.kiro)
+            except KiroFailure as failure:
+                log.info("The warm process of %s/%s is of no use: %s", self.user_id, self.thread_id, failure)
+                self._end_kiro(at_once=True)
+
+    def _on_exit(self, kiro: Kiro) -> None:
+        kiro.exit_noticed = True
+        if kiro in self._old:
+            self._old.remove(kiro)
+        elif kiro is self.kiro and kiro.kept_warm:
+            log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
+            self.places.claim(self)
+            self.kiro = None
+
+    def _on_response(self, kiro: Kiro, frame: dict) -> None:
+        kiro.responses[frame["id"]] = frame
+
+    def _on_permission(self, kiro: Kiro, request_id: Any, params: dict) -> None:
+        permission, turn = Permission(kiro, request_id, params), self.turn
+        if kiro is not self.kiro or turn is None or turn.ended or turn.stop_at is not None:
+            return permission.answer(None)
+        turn.heard = True
+        if not self.settings.ask_permission:
+            return permission.answer(permission.option_of_kind("allow_once", "allow_always"))
+        permission.text = self._question(permission, turn)
+        with self.lock:
+            turn.permissions[permission.token] = permission
+        self.bot.permissions[permission.token] = self
+
+    def _on_notification(self, kiro: Kiro, method: str, params: dict) -> None:
+        """Something between a prompt and its response, or an extension of Kiro's at any time."""
+        if method == "session/update":
+            update = params.get("update")
+            if kiro is self.kiro and self.turn and isinstance(update, dict):
+                self._on_update(self.turn, update)
+        elif method.startswith("_kiro"):
+            self._on_extension(kiro, method.partition("/")[2], params)
+
+    def _on_update(self, turn: Turn, update: dict) -> None:
+        kind = update.get("sessionUpdate")
+        if kind == "agent_message_chunk":
+            content = update.get("content")
+            text = content.get("text") if isinstance(content, dict) else None
+            if isinstance(text, str) and text:
+                turn.say(text)
+                turn.end_by = time.monotonic() + INTERRUPTED_SECONDS if text.strip() == INTERRUPTED else math.inf
+        elif kind in ("tool_call", "tool_call_update"):
+            self._on_tool(turn, update)
+        elif kind == "turn_end":
+            turn.end_by = time.monotonic() + AFTERWORD_SECONDS
+        elif kind == "usage_update" and isinstance(update.get("used"), (int, float)) and update.get("size"):
+            self.context = 100 * update["used"] / update["size"]
+
+    def _on_tool(self, turn: Turn, update: dict) -> None:
+        """A tool call begins, tells something, or ends; v2 gives no status at its beginning [acp 3.5]."""
+        tool_id = str(update.get("toolCallId"))
+        call = turn.tools.setdefault(tool_id, {})
+        call.update((key, value) for key, value in update.items() if value is not None and key in ("title", "kind", "rawInput", "locations"))
+        if update.get("status") in ("completed", "failed"):
+            turn.running.pop(tool_id, None)
+        else:
+            turn.running[tool_id] = str(call.get("title") or call.get("kind") or "a tool")
+        turn.heard = turn.gap = turn.stale = True
+        turn.attempt = len(turn.pieces)
+        turn.end_by = math.inf
+
+    def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
+        """Kiro's own notifications [acp 3.8]."""
+        turn = self.turn
+        if name == "metadata":
+            self._on_metadata(params)
+        elif name == "session/update" and isinstance(params.get("update"), dict) and turn:
+            kind = params["update"].get("sessionUpdate")
+            if kind == "stream_discarded":
+                turn.discard_attempt()
+            elif kind in ("retry_warning", "stream_stall_notice"):
+                turn.trouble, turn.stale = str(params["update"].get("message") or "Kiro tries again"), True
+        elif name == "error/rate_limit" and turn:
+            turn.trouble, turn.stale = str(params.get("message") or "Kiro is being rate-limited"), True
+        elif name == "compaction/status":
+            self._on_compaction(kiro, params.get("status"))
+        elif name == "agent/not_found":
+            self._notes.append(f"Kiro has no agent {params.get('requestedAgent')!r} and uses {params.get('fallbackAgent')!r}.")
+        elif name == "mcp/oauth_request":
+            self._notes.append(f"The MCP server {params.get('serverName')} wants you to sign in: {params.get('oauthUrl')}")
+        elif name == "mcp/server_init_failure":
+            log.warning("MCP server %s: %s", params.get("serverName"), params.get("error"))
+
+    def _on_metadata(self, params: dict) -> None:
+        """Context in percent, and at the end of a turn what it cost, in several entries [acp 3.8]."""
+        percent, usage = params.get("contextUsagePercentage"), params.get("meteringUsage")
+        if isinstance(percent, (int, float)):
+            self.context = percent
+        if isinstance(usage, list):
+            values = [entry.get("value") for entry in usage if isinstance(entry, dict)]
+            self.credits = sum(value for value in values if isinstance(value, (int, float)))
+
+    def _on_compaction(self, kiro: Kiro, status: Any) -> None:
+        """After a compaction Kiro may have forgotten the tags."""
+        kind = status.get("type") if isinstance(status, dict) else status
+        if kind == "completed" and kiro.session_id:
+            self._context_told = False
+            self.store.set_facts(kiro.session_id, ended=True, taught=False)
+        if self.turn:
+            self.turn.trouble = "Compacting the conversation…" if kind == "started" else ""
+            self.turn.stale = True
+
+    # -- drafts --------------------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> float:
+        """Send the turn's next frame if it is due; return when to look again."""
+        turn, now = self.turn, time.monotonic()
+        if turn is None or turn.ended:
+            return math.inf
+        if turn.frame_at is not None:
+            due = now if turn.stale else turn.frame_at + KEEP_ALIVE_SECONDS
+            if now < due:
+                return due
+        wait = self.chat.frame_wait(turn.frame_at, now)
+        if wait:
+            return now + wait
+        turn.stale, turn.frame_at = False, now
+        self.chat.frame(turn.draft_id, visible_text(turn.text(), still_coming=True)[0], self._draft_status(turn))
+        return time.monotonic()
+
+    def _draft_status(self, turn: Turn) -> str:
+        """Return the draft's last line: what Kiro does, or what it waits for."""
+        if turn.stop_at is not None:
+            return "⏹ Stopping…"
+        if turn.permissions:
+            return "❓ Waiting for your decision"
+        if turn.running:
+            return f"🔧 {list(turn.running.values())[-1]}"
+        return turn.trouble or ("" if turn.length else turn.status)
+
+    # -- a ready process -----------------------------------------------------------------------------------------------
+
+    def ready(self) -> Kiro:
+        """Return a process with the thread's session loaded and its model set; each step is done once.
+
+        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
+        """
+        self._check_stop()
+        while True:
+            if self.kiro is None or self.kiro.gone.is_set():
+                self._end_kiro()
+                self._spawn()
+            kiro = self.kiro
+            try:
+                if kiro.agent is None:
+                    kiro.agent = self._request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+                if not kiro.session_id:
+                    self._open_session(kiro)
+                self._apply_model(kiro)
+                return kiro
+            except SessionLost:
+                self._end_kiro(at_once=True)
+
+    def _spawn(self) -> None:
+        self._take_place()
+        try:
+            self.kiro = Kiro(self.bot, self._workspace(), self.post)
+        except (OSError, ValueError) as error:
+            self.places.give_back()
+            reason = getattr(error, "strerror", None) or error
+            raise KiroFailure(f"Kiro could not be started: {reason} ({self.settings.kiro_command[0]}). Check KIRO_COMMAND on "
+                              "the server.") from error
+        if self.turn is None:
+            self.kiro.kept_warm = True
+            self.places.keep_warm(self, self.kiro)
+
+    def _take_place(self) -> None:
+        """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
+        if self.turn is None and self.places.try_take():
+            return
+        if self.turn is None:
+            self._await_old()        # which may free its place
+        if self.turn is None:
+            if self.places.try_take():
+                return
+            raise NoPlace
+        ticket = self.places.ask(self)
+        status, self.turn.status = self.turn.status, f"Waiting for a free place ({self.places.count} topics are busy)…"
+        try:
+            while not ticket.granted:
+                self._wait(math.inf)
+        except BaseException:
+            self.places.withdraw(ticket)
+            raise
+        self.turn.status, self.turn.stale = status, self.turn.frame_at is not None
+
+    def _end_kiro(self, at_once: bool = False) -> None:
+        """Let go of the process: it ends by itself, or is ended by its waiter."""
+        kiro, self.kiro = self.kiro, None
+        if kiro is None:
+            return
+        self.places.claim(self)
+        kiro.kept_warm = False
+        if not kiro.exit_noticed:
+            self._old.append(kiro)
+        kiro.end(patience=0 if at_once else END_SECONDS)
+
+    def _await_old(self) -> None:
+        """Wait until no former process holds the session's lock; their waiters see to it."""
+        limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
+        while self._old:
+            if time.monotonic() > limit:
+                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
+            self._wait(limit)
+
+    def _request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
+        """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
+
+        Raises KiroFailure; NoPlace when the process was given away meanwhile.
+        """
+        seconds = min(seconds, self.settings.silence_seconds)
+        if method not in kiro.in_flight:
+            kiro.in_flight[method] = kiro.request(method, params)
+        request_id, asked_at = kiro.in_flight[method]
+        while request_id not in kiro.responses:
+            self._check_alive(kiro, asked_at)
+            limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + 4 * seconds)
+            if time.monotonic() >= limit:
+                raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
+            self._wait(min(limit, time.monotonic() + 1))
+        del kiro.in_flight[method]
+        frame = kiro.responses.pop(request_id)
+        if "error" in frame:
+            raise KiroRefusal(frame["error"])
+        return frame["result"] if isinstance(frame.get("result"), dict) else {}
+
+    def _check_alive(self, kiro: Kiro, asked_at: float) -> None:
+        """Raise if the process can't answer any more: given away, gone, or deaf."""
+        if kiro is not self.kiro:
+            raise NoPlace
+        if kiro.exit_noticed:
+            raise kiro.failure()
+        patience = min(DEAF_SECONDS, self.settings.silence_seconds)
+        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
+            raise KiroGone(f"Kiro does not read what it is sent (for {patience:.0f} s).", again=True)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def _default_workspace(self) -> str:
+        return str(self.settings.workspaces / str(self.user_id) / str(self.thread_id))
+
+    def _workspace(self) -> str:
+        """Return the thread's folder, made when it is missing: the one it had at first."""
+        record = self.store.get_session(self.user_id, self.thread_id)
+        path = record.workspace_path if record else self._default_workspace()
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
+        return os.path.realpath(path)
+
+    def _open_session(self, kiro: Kiro) -> None:
+        """Load the thread's session, or make one."""
+        record = self.store.get_session(self.user_id, self.thread_id)
+        had_history = bool(record) and self.store.get_facts(record.session_id)[0]
+        if record is None:
+            return self._new_session(kiro)
+        if record.session_id == self._lost:
+            self._new_session(kiro)
+            if had_history:
+                self._notes.append("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The "
+                                   "folder is as it was.")
+            return
+        if not kiro.can_load:
+            self._new_session(kiro)
+            if had_history and not self._no_load_told:
+                self._no_load_told = True
+                self._notes.append("ℹ️ This agent can't reload sessions: each message starts without the history.")
+            return
+        try:
+            self._load_session(kiro, record)
+        except KiroFailure as failure:
+            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
+                raise
+            log.warning("Session %s of %s/%s is lost: %s", record.session_id, self.user_id, self.thread_id, failure)
+            self._lost = record.session_id
+            raise SessionLost from failure
+
+    def _new_session(self, kiro: Kiro) -> None:
+        """Make a session for this thread; the chosen model stays."""
+        model = self.store.get_model(self.user_id, self.thread_id)
+        result = self._request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
+        session_id = result.get("sessionId")
+        if not isinstance(session_id, str) or not session_id:
+            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
+        self.store.upsert_session(self.user_id, self.thread_id, session_id, kiro.workspace)
+        if model != "auto":
+            self.store.set_model(self.user_id, self.thread_id, model)
+        self.context, self._context_told = None, False
+        self._opened(kiro, session_id, result)
+
+    def _load_session(self, kiro: Kiro, record: SessionRecord) -> None:
+        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
+        self._await_old()
+        params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
+        limit, pause = time.monotonic() + LOCK_SECONDS, 0.25
+        while True:
+            try:
+                result = self._request(kiro, "session/load", params, MISSING_SECONDS if is_missing(record.session_id) else SESSION_SECONDS)
+                break
+            except KiroRefusal as refusal:
+                pid = lock_holder(str(refusal))
+                if pid is None:
+                    raise
+                settle_lock(pid, record.session_id, self.settings)
+                if time.monotonic() > limit:
+                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
+            retry_at = time.monotonic() + pause
+            while time.monotonic() < retry_at:
+                self._wait(retry_at)
+            pause = min(2 * pause, 2)
+        self._let_replay_end(kiro)
+        self._opened(kiro, record.session_id, result)
+
+    def _let_replay_end(self, kiro: Kiro) -> None:
+        """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
+        limit = time.monotonic() + REPLAY_SECONDS
+        while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
+            self._wait(min(kiro.heard_at + QUIET_SECONDS, limit))
+
+    def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
+        kiro.models = models_of(result)
+        self.models = kiro.models or self.models
+        kiro.session_id = session_id
+
+    def _apply_model(self, kiro: Kiro) -> None:
+        """Make Kiro use the thread's model, if it does not already."""
+        wanted = self.store.get_model(self.user_id, self.thread_id)
+        models = kiro.models or (self.models._replace(current="") if self.models else None)
+        if models is None or wanted == models.current:
+            return
+        names = [name for name, _ in models.offered]
+        if wanted not in names:
+            if wanted != "auto":
+                self.store.set_model(self.user_id, self.thread_id, "auto")
+                self._notes.append(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
+            wanted = "auto"
+        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
+            return
+        if models.config_id is None:
+            method, params = "session/set_model", {"modelId": wanted}
+        else:
+            method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
+        kiro.models = models._replace(current=wanted)
+        try:
+            self._request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
+        except (KiroRefusal, KiroSilent) as failure:
+            kiro.in_flight.pop(method, None)
+            self._notes.append(f"⚠️ The model may not be {wanted}: {failure}")
+
+    # -- the prompt ----------------------------------------------------------------------------------------------------
+
+    def _compose(self, kiro: Kiro, batch: "list[Incoming]") -> "list[dict]":
+        """Return the messages as ACP content blocks; their files are downloaded first."""
+        if batch[0].command:
+            return [{"type": "text", "text": re.sub(r"^(/[\w-]+)@\w+", r"\1", words(batch[0].message))}]
+        for incoming in batch:
+            if incoming.files is None:
+                incoming.files = self._download(kiro, incoming)
+        blocks = [{"type": "text", "text": join_texts(batch)}]
+        if self._unsent:
+            unsent, self._unsent = self._unsent, []
+            blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(unsent) + "]"})
+        return blocks + (image_blocks(batch) if kiro.takes_images else [])
+
+    def _lesson(self, kiro: Kiro) -> "list[dict]":
+        """Return the block that teaches the tags, until the session knows them."""
+        _, taught = self.store.get_facts(kiro.session_id)
+        return [] if taught else [{"type": "text", "text": LESSON}]
+
+    def _download(self, kiro: Kiro, incoming: Incoming) -> "list[Attachment]":
+        """Fetch a message's file into the workspace; one that can't be had is named."""
+        file = file_of(incoming.message)
+        if file is None:
+            return []
+        try:
+            path = save(self._attended(self.chat.download(file)), kiro.workspace, file.name)
+        except (Refused, Unreachable, TooManyRequests, OSError) as error:
+            reason = getattr(error, "description", None) or getattr(error, "strerror", None) or str(error)
+            log.warning("A file of %s/%s could not be had: %s", self.user_id, self.thread_id, reason)
+            self._notes.append(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
+            return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
+        return [Attachment(path, "", file.is_image)]
+
+    def _attended(self, chunks: "Iterator[bytes]") -> "Iterator[bytes]":
+        """Pass a download on, with an eye on the draft, on Stop, and on the clock."""
+        limit = time.monotonic() + DOWNLOAD_SECONDS
+        for chunk in chunks:
+            if time.monotonic() > limit:
+                raise Unreachable(f"the download took more than {DOWNLOAD_SECONDS // 60} minutes")
+            self._wait(time.monotonic())
+            yield chunk
+
+    # -- a turn --------------------------------------------------------------------------------------------------------
+
+    def _run_turn(self, turn: Turn) -> "tuple[str, bool]":
+        """Bring the waiting messages to Kiro and hear it out; return a remark for the answer's end, and whether to offer
+        the turn again.  A process that fails before it said anything is replaced once."""
+        try:
+            for last in (False, True):
+                try:
+                    return self._prompt(turn), False
+                except KiroFailure as failure:
+                    self._end_kiro(at_once=not isinstance(failure, KiroRefusal))
+                    if last or not failure.again or turn.heard or turn.stop_at is not None:
+                        raise
+                    log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
+        except Stopped:
+            return ("⏹ Stopped." if turn.turn_id is not None else "⏹ Stopped before Kiro began."), False
+        except KiroFailure as failure:
+            if turn.stop_at is not None:
+                return "⏹ Stopped.", False
+            return f"⚠️ {failure}{self.advice(failure)}", True
+        raise AssertionError("not reached")
+
+    def advice(self, failure: KiroFailure) -> str:
+        """Return what to do about it, when there is something more to say than to ask again."""
+        text = str(failure)
+        if NOT_LOGGED_IN.search(text):
+            return "\nOn the server, as the bot's user: kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
+        if not isinstance(failure, KiroRefusal):
+            return ""
+        same = re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
+        self._refusals = [r for r in self._refusals if r == same] + [same]
+        if len(self._refusals) >= 2:
+            return "\nThis session refuses every message in the same way. /new starts a fresh one, /compact may help too."
+        return ""
+
+    def _prompt(self, turn: Turn) -> str:
+        """Get a process, send the prompt, listen; return the remark."""
+        warm, kiro = self.kiro, self.ready()
+        if turn.turn_id is None:
+            self._take(kiro, turn)
+        try:
+            return self._listen(kiro, turn)
+        except KiroRefusal as refusal:      # a warm process may have outlived its login
+            refusal.again = kiro is warm and bool(NOT_LOGGED_IN.search(str(refusal)))
+            raise
+
+    def _batch(self) -> "list[Incoming]":
+        """Return what goes as one prompt: commands alone, everything else up to the next command."""
+        batch: "list[Incoming]" = []
+        for incoming in self.waiting:
+            if incoming.goes_alone:
+                return batch or [incoming]
+            batch.append(incoming)
+        return batch
+
+    def _take(self, kiro: Kiro, turn: Turn) -> None:
+        """Turn waiting messages into the turn's prompt, and journal that it has begun."""
+        self._wait_for_rest()
+        while True:
+            with self.lock:
+                batch = self._batch()
+            turn.prompt = self._compose(kiro, batch)
+            with self.lock:
+                if all(old is now for old, now in zip(batch, self.waiting)):     # else one was edited meanwhile
+                    for _ in batch:
+                        self.waiting.popleft()
+                    turn.messages, self._burst_seen = batch, False
+                    break
+        turn.turn_id = self._journal_begin(batch)
+
+    def _wait_for_rest(self) -> None:
+        """Wait a moment for the rest of an album or of a split text."""
+        while True:
+            with self.lock:
+                last = self._batch()[-1]
+            until = last.arrived + JOIN_SECONDS
+            if not last.may_continue or time.monotonic() >= until:
+                return
+            self._wait(until)
+
+    def _journal_begin(self, batch: "list[Incoming]") -> int:
+        """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
+        told = False
+        for _ in range(BEGIN_TRIES):
+            try:
+                return self.store.begin(self.user_id, self.thread_id, [m.update_id for m in batch])
+            except StoreError as error:
+                log.error("A turn can't be journaled: %s", error)
+                if not told:
+                    told = True
+                    self.chat.say(f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll try again every minute.")
+            until = time.monotonic() + BEGIN_RETRY_SECONDS
+            while time.monotonic() < until:
+                self._wait(until)
+        raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
+
+    def _listen(self, kiro: Kiro, turn: Turn) -> str:
+        """Send the prompt and hear Kiro out.  The response ends the turn [acp 3.4]."""
+        command = turn.messages[0].command if turn.messages else ""
+        blocks = turn.prompt if command else turn.prompt + self._lesson(kiro)
+        request_id, turn.prompted_at = kiro.prompt(blocks)
+        kiro.taught = not command
+        while request_id not in kiro.responses:
+            now = time.monotonic()
+            self._check_alive(kiro, turn.prompted_at)
+            if now >= turn.end_by:
+                log.info("No response after the end of a turn of %s/%s", self.user_id, self.thread_id)
+                return self._ended(kiro, turn, {})
+            self._pump(min(self._obey_stop(kiro, turn, now), self._watch_silence(kiro, turn, now),
+                           self._tend_permissions(turn, now), turn.end_by, now + DEAF_SECONDS))
+        frame = kiro.responses.pop(request_id)
+        if "error" in frame:
+            self._ended(kiro, turn, {"stopReason": "error"})
+            if turn.stop_at is not None:
+                raise Stopped
+            raise KiroRefusal(frame["error"])
+        return self._ended(kiro, turn, frame["result"] if isinstance(frame.get("result"), dict) else {})
+
+    def _ended(self, kiro: Kiro, turn: Turn, result: dict) -> str:
+        """Kiro is done with the turn: let its process go, note what is known of the session; return the remark."""
+        turn.ended = True
+        self._refuse_all("the turn is over")
+        kiro.turn_open = False
+        self._end_kiro(at_once=not result)
+        reason = result.get("stopReason")
+        if reason == "error":
+            return ""
+        self._refusals.clear()
+        _, taught = self.store.get_facts(kiro.session_id)
+        knows = taught or (kiro.taught and reason == "end_turn")
+        self.store.set_facts(kiro.session_id, ended=True, taught=knows)
+        if turn.cancel_sent:
+            raise Stopped
+        return STOP_REASONS.get(reason, "")
+
+    def _obey_stop(self, kiro: Kiro, turn: Turn, now: float) -> float:
+        """Pass a stop on to Kiro, and end a Kiro that does not obey; return when to look again."""
+        if turn.stop_at is None:
+            return math.inf
+        if not turn.cancel_sent:
+            turn.cancel_sent = turn.stale = True
+            self._refuse_all("stopped")
+            kiro.cancel()
+        if now >= turn.stop_at + STOP_SECONDS:
+            turn.ended = True
+            self._end_kiro(at_once=True)
+            raise Stopped
+        return turn.stop_at + STOP_SECONDS
+
+    def _watch_silence(self, kiro: Kiro, turn: Turn, now: float) -> float:
+        """End a Kiro that says nothing for too long; return when to look again."""
+        if turn.permissions:
+            return math.inf
+        patience = self.settings.silence_seconds * (TOOL_PATIENCE if turn.running else 1)
+        limit = max(kiro.heard_at, turn.prompted_at) + patience
+        if now >= limit:
+            raise KiroSilent(f"Kiro said nothing for {patience:.0f} s, so I ended it.")
+        return limit
+
+    # -- the end of a turn ---------------------------------------------------------------------------------------------
+
+    def _conclude(self, turn: Turn, remark: str, offer: bool) -> None:
+        """Journal the answer, then send it part by part."""
+        turn.ended = True
+        parts = self._answer_parts(turn, remark, offer)
+        try:
+            if turn.turn_id is None:
+                with self.lock:
+                    turn.messages = self._batch()
+                    for _ in turn.messages:
+                        self.waiting.popleft()
+                turn.turn_id = self.store.begin(self.user_id, self.thread_id, [m.update_id for m in turn.messages])
+            self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], offer)
+        except StoreError as error:
+            log.error("An answer can't be journaled and is sent all the same: %s", error)
+        positions = [(n + 1) * PART_SPACING for n in range(len(parts))]
+        self._deliver(turn.turn_id, list(zip(positions, parts)))
+        how = remark.splitlines()[0] if remark else "done"
+        log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
+
+    def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> "list[dict]":
+        """Return the lasting messages of the answer: notes, text, files, remarks."""
+        text, files = visible_text(turn.text())
+        remarks = [remark] if remark else []
+        if remark.startswith("⏹") and text:
+            text, remarks = f"{close_code(text)}\n\n{remark}", []
+        if not text and not files and not remarks:
+            remarks.append(turn.trouble or "Kiro has finished without saying anything.")
+        if self.context is not None and self.context >= FULL_CONTEXT and not self._context_told:
+            self._context_told = True
+            remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. /compact shortens it, /new starts afresh.")
+        notes, self._notes = self._notes, []
+        parts = [plain_part("\n".join(notes))] if notes else []
+        parts += self.chat.parts(text) if text else []
+        parts += [{"kind": "file", "path": path, "caption": caption} for path, caption in files]
+        if remarks:
+            parts += [plain_part(piece) for piece in split_text("\n\n".join(remarks), PLAIN_LIMIT, utf16_length)]
+        if offer:
+            parts[-1]["buttons"] = "offer"
+        return parts
+
+    def _deliver(self, turn_id: Optional[int], parts: "list[tuple[int, dict]]") -> None:
+        """Send the parts in order, and tick each off when Telegram has confirmed it."""
+        for position, part in parts:
+            if part.get("buttons") == "offer" and turn_id is not None:
+                part = {**part, "buttons": [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]}
+            self._send_part(turn_id, position, part)
+        try:
+            if turn_id is not None:
+                self.store.finish(turn_id)
+        except StoreError as error:
+            log.error("The end of a turn can't be journaled: %s", error)
+
+    def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> None:
+        if part["kind"] == "file":
+            refusal = self.chat.send_file(part["path"], part["caption"], self._workspace())
+            if refusal:
+                self._unsent.append(f"{part['path']}: {refusal}")
+                part = plain_part(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
+        pieces = self.chat.send(part) if part["kind"] != "file" else []
+        try:
+            if pieces:                       # Telegram did not take it as it was: the same source, piece by piece
+                self.store.replace_part(turn_id, position, [json.dumps(piece) for piece in pieces])
+            else:
+                self.store.tick(turn_id, position)
+        except StoreError as error:
+            log.error("A part that was sent can't be ticked off: %s", error)
+        for n, piece in enumerate(pieces):
+            self._send_part(turn_id, position + n, piece)
+
+    def _recover(self, unfinished: UnfinishedTurn) -> None:
+        """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
+        if unfinished.state == "begun":
+            parts = self._card(unfinished)
+            self.store.answer(unfinished.turn_id, [json.dumps(part) for part in parts], offer=True)
+        self._deliver(unfinished.turn_id, [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)])
+        with self.lock:
+            self.unfinished.popleft()
+
+    def _card(self, unfinished: UnfinishedTurn) -> "list[dict]":
+        asked = []
+        for row in self.store.messages_of(unfinished.turn_id):
+            try:
+                message = Incoming.from_journal(row).message
+                asked.append(words(message) or f"({message.content_type})")
+            except Exception as error:   # telebot's parsers raise anything
+                log.error("A journaled message can't be read: %r", error)
+        excerpt = " / ".join(asked)
+        excerpt = excerpt if len(excerpt) <= 300 else excerpt[:300] + "…"
+        said = self.chat.parts(unfinished.partial) if unfinished.partial else []
+        return said + [{**plain_part(f"⚠️ I was interrupted while working on: {excerpt}"), "buttons": "offer"}]
+
+    # -- jobs and warm starts ------------------------------------------------------------------------------------------
+
+    def _serve_job(self, turn: Turn, job: "Callable[[Turn, Incoming], tuple[str, Optional[list]]]") -> None:
+        """Do what is no prompt: /new, and /model when Kiro has to be asked."""
+        incoming = self.waiting[0]
+        try:
+            text, buttons = job(turn, incoming)
+        except Stopped:
+            text, buttons = "⏹ Stopped.", None
+        except KiroFailure as failure:
+            self._end_kiro(at_once=True)
+            text, buttons = f"⚠️ {failure}{self.advice(failure)}", None
+        turn.ended = True
+        notes, self._notes = self._notes, []
+        self.chat.say("\n".join([*notes, text]), buttons)
+        with self.lock:
+            self.waiting.popleft()
+            if incoming.command == "new" and incoming.argument:      # "/new do this": the rest is a message
+                incoming.command, incoming.message.text = "", incoming.argument
+                return self.waiting.appendleft(incoming)
+        self.store.done(incoming.update_id)
+
+    def _serve_new(self, turn: Turn, incoming: Incoming) -> "tuple[str, None]":
+        turn.status = "Starting a new session…"
+        self._end_kiro()
+        self._spawn()
+        kiro = self.kiro
+        kiro.agent = self._request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+        self._new_session(kiro)
+        self._apply_model(kiro)
+        self._refusals.clear()
+        model = self.store.get_model(self.user_id, self.thread_id)
+        return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
+
+    def _serve_model(self, turn: Turn, incoming: Incoming) -> "tuple[str, Optional[list]]":
+        turn.status = "Asking Kiro for its models…"
+        self.ready()
+        return self.answer_model(incoming.argument)
+
+    def _warm_up(self) -> None:
+        """Start the next process of this thread early, to hide the seconds that start and load take [acp 4.3]."""
+        if not self.settings.warm_seconds or self._refusals:
+            return self._end_kiro()
+        self._warm_until = time.monotonic() + self.settings.warm_seconds
+        try:
+            self.ready()
+        except KiroFailure as failure:
+            log.warning("No warm process for %s/%s: %s", self.user_id, self.thread_id, failure)
+            self._end_kiro(at_once=True)
+
+    # -- permissions ---------------------------------------------------------------------------------------------------
+
+    def _question(self, permission: Permission, turn: Turn) -> str:
+        """Say what Kiro wants to do: the title, and the command or the file itself."""
+        call = {**turn.tools.get(str(permission.tool_call.get("toolCallId")), {}), **permission.tool_call}
+        lines = [f"❓ Kiro asks: {call.get('title') or call.get('kind') or 'may it use a tool'}"]
+        raw = call.get("rawInput") if isinstance(call.get("rawInput"), dict) else {}
+        for key in ("command", "path", "file_path", "url"):
+            if isinstance(raw.get(key), str) and raw[key] not in lines[0]:
+                lines.append(raw[key])
+        text = whole_characters("\n".join(lines))
+        return text if utf16_length(text) <= QUESTION_LIMIT else text[:QUESTION_LIMIT // 2] + "\n… (the rest is too long to show)"
+
+    def _tend_permissions(self, turn: Turn, now: float) -> float:
+        """Ask what has not been asked, refuse what was not answered in time; return when to look again."""
+        limit = PERMISSION_SECONDS_IN_DEMAND if self.places.in_demand() else PERMISSION_SECONDS
+        look_again = math.inf
+        for permission in list(turn.permissions.values()):
+            if now >= permission.asked_at + limit:
+                self._refuse(permission, f"nobody answered for {limit // 60} minutes")
+            elif permission.message_id is None and now >= permission.try_at:
+                self._ask(permission)
+                turn.stale = True
+            due = permission.asked_at + limit if permission.message_id else permission.try_at
+            look_again = min(look_again, due, now + DEAF_SECONDS)
+        return look_again
+
+    def _ask(self, permission: Permission) -> None:
+        buttons = [[(str(option.get("name") or option["optionId"]), f"ask:{permission.token}:{n}")]
+                   for n, option in enumerate(permission.options)]
+        try:
+            permission.message_id = self.chat.ask(permission.text, buttons)
+        except (Unreachable, TooManyRequests) as error:
+            permission.try_at = time.monotonic() + getattr(error, "seconds", ASK_RETRY_SECONDS)
+        except Refused as error:
+            log.error("A permission could not be asked for: %s", error)
+            self._refuse(permission, "it could not be asked")
+
+    def _refuse(self, permission: Permission, why: str) -> None:
+        with self.lock:
+            if permission.token not in self.turn.permissions:
+                return
+            self._forget(permission)
+        permission.answer(None)
+        if permission.message_id is not None:
+            self.bot.errand(self.chat.settle, permission.message_id, f"{permission.text}\n\n→ Refused: {why}.")
+
+    def _refuse_all(self, why: str) -> None:
+        for permission in list(self.turn.permissions.values()) if self.turn else ():
+            self._refuse(permission, why)
+
+
+# ======================================================================================================================
+# Prompt: what a message says to Kiro
+# ======================================================================================================================
+
+LESSON = """[About this chat, from the bot that brings you these messages: the user reads your answers in Telegram on a phone, as \
+Markdown. To send a file from the working directory, write <send_file path="relative/path">caption</send_file> in the \
+answer itself, outside of any code; the tag is not shown.]"""
+UPLOADS = "uploads"
+IMAGE_BYTES = 3_700_000         # of one image block [acp 7]
+IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
+IMAGE_EDGE = 2000               # pixels; larger images can poison a session [acp 4.6]
+NAME_LENGTH = 100               # bytes of a saved file's name
+DOWNLOAD_SECONDS = 15 * 60
+DOWNLOAD_CHUNK = 256 * 1024
+DOWNLOAD_LIMIT = 20 * 1024 * 1024       # of the official Bot API server [tg 4]
+
+
+class Attachment(NamedTuple):
+    """A file that came with a message."""
+    path: str                   # absolute, in the workspace; empty when it could not be had
+    trouble: str                # why not
+    is_image: bool              # small enough to be shown to the model
+
+
+def words(message: types.Message) -> str:
+    """Return what the person wrote: text, caption, or the text of a rich message [tg 2.1]."""
+    if message.content_type == "rich_message":
+        return "\n".join(_texts_in(message.json.get("rich_message")))
+    return message.text or message.caption or ""
+
+
+def _texts_in(value: Any) -> "Iterator[str]":
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "text" and isinstance(inner, str):
+                yield inner
+            else:
+                yield from _texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+def quoted(message: types.Message) -> str:
+    """Return the text that the message replies to, as a Markdown quote, or nothing.
+
+    A topic's first message is no quote: clients put it there by themselves [tg 3.2].
+    """
+    reply = message.reply_to_message
+    if reply is not None and reply.message_id == message.message_thread_id:
+        return ""
+    text = message.quote.text if message.quote else words(reply) if reply else ""
+    if not text:
+        return ""
+    return "\n".join(f"> {line}" for line in text.splitlines()) + "\n\n"
+
+
+def origin(message: types.Message) -> str:
+    """Return a line that says where a forward comes from, or nothing."""
+    source = message.forward_origin
+    if source is None:
+        return ""
+    user, chat = getattr(source, "sender_user", None), getattr(source, "sender_chat", None) or getattr(source, "chat", None)
+    name = user.full_name if user else chat.title if chat else getattr(source, "sender_user_name", None)
+    return f"[Forwarded from {name or 'somebody'}]\n"
+
+
+def text_block(incoming: Incoming) -> str:
+    """Return everything that one message says, files included."""
+    message = incoming.message
+    lines = [quoted(message) + origin(message) + words(message)]
+    if message.sticker:
+        lines.append(f"[Sticker {message.sticker.emoji or ''}]")
+    for attachment in incoming.files or ():
+        lines.append(f"[File: {attachment.path}]" if attachment.path else f"[A file could not be had: {attachment.trouble}]")
+    return "\n".join(line for line in lines if line)
+
+
+def join_texts(batch: "list[Incoming]") -> str:
+    """Join messages to one text; a pasted text that the client split is put together again."""
+    text, last = "", None
+    for incoming in batch:
+        split = last is not None and len(last.message.text or "") >= SPLIT_TEXT_LENGTH and not incoming.message.forward_origin
+        separator = "\n" if split else "\n\n" if text else ""
+        block = text_block(incoming)
+        text, last = text + separator * bool(block) + block, incoming
+    return text
+
+
+def image_blocks(batch: "list[Incoming]") -> "list[dict]":
+    """Return the images as ACP blocks, as far as they fit into one prompt."""
+    blocks, room = [], IMAGES_BYTES
+    for path in (a.path for incoming in batch for a in incoming.files or () if a.is_image and a.path):
+        with open(path, "rb") as file:
+            data = file.read(IMAGE_BYTES + 1)
+        mime_type = image_type(data)
+        encoded = base64.b64encode(data).decode()
+        if mime_type and len(data) <= IMAGE_BYTES and len(encoded) <= room:
+            room -= len(encoded)
+            blocks.append({"type": "image", "mimeType": mime_type, "data": encoded})
+    return blocks
+
+
+def image_type(data: bytes) -> str:
+    """Return the MIME type of an image by its first bytes, or nothing."""
+    for start, mime_type in ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif")):
+        if data.startswith(start):
+            return mime_type
+    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+class TelegramFile(NamedTuple):
+    """A file of a message: what Telegram tells of it."""
+    file_id: str
+    size: int                   # bytes; 0 when Telegram does not say
+    name: str                   # the sender's, or one of ours
+    is_image: bool
+
+
+def file_of(message: types.Message) -> Optional[TelegramFile]:
+    """Return the message's file, or None; of a photo the largest size that is not too large [acp 7]."""
+    kind = message.content_type
+    if kind == "photo":
+        fitting = [p for p in message.photo if max(p.width, p.height) <= IMAGE_EDGE] or message.photo[:1]
+        media = max(fitting, key=lambda p: p.width * p.height)
+        return TelegramFile(media.file_id, media.file_size or 0, f"photo_{message.message_id}.jpg", True)
+    if kind == "sticker":
+        return TelegramFile(message.sticker.file_id, message.sticker.file_size or 0, f"sticker_{message.message_id}.webp", True)
+    if kind not in ("document", "audio", "voice", "video", "video_note", "animation"):
+        return None
+    media = getattr(message, kind)
+    extension = mimetypes.guess_extension(getattr(media, "mime_type", None) or DEFAULT_TYPES.get(kind, "")) or ""
+    name = getattr(media, "file_name", None) or f"{kind}_{message.message_id}{extension}"
+    return TelegramFile(media.file_id, media.file_size or 0, name, False)
+
+
+DEFAULT_TYPES = {"voice": "audio/ogg", "video": "video/mp4", "video_note": "video/mp4", "audio": "audio/mpeg"}
+
+
+def file_id_of(message: types.Message) -> str:
+    """Return the file_id of the message's file, or nothing."""
+    file = file_of(message)
+    return file.file_id if file else ""
+
+
+def harmless_name(name: str) -> str:
+    """Return a file name without path, control and direction-changing characters, never hidden, of bounded length."""
+    name = "".join("_" if c in '/\\:*?"<>|;' or unicodedata.category(c)[0] in "CZ" and c != " " else c for c in name)
+    name = name.strip(" .").lstrip("-") or "file"
+    stem, dot, extension = name.rpartition(".")
+    if not dot or len(extension.encode()) > 16:
+        stem, extension = name, ""
+    keep = NAME_LENGTH - len(extension.encode()) - 1
+    stem = stem.encode()[:keep].decode(errors="ignore").rstrip(" .") or "file"
+    return f"{stem}.{extension}" if extension else stem
+
+
+def free_path(folder: str, name: str) -> str:
+    """Return a path in the folder that nothing has yet."""
+    stem, extension = os.path.splitext(name)
+    path, n = os.path.join(folder, name), 1
+    while os.path.lexists(path):
+        n += 1
+        path = os.path.join(folder, f"{stem}-{n}{extension}")
+    return path
+
+
+def uploads_folder(workspace: str) -> str:
+    """Return the folder for files that come in, made when it is missing.  Raises OSError, also when it leads elsewhere."""
+    folder = os.path.join(workspace, UPLOADS)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.path.realpath(folder) != os.path.join(os.path.realpath(workspace), UPLOADS):
+        raise OSError(0, f"{UPLOADS}/ is a link to another place")
+    return folder
+
+
+def save(chunks: "Iterator[bytes]", workspace: str, name: str) -> str:
+    """Stream a file into the uploads under a temporary name, then give it its own; return the path.  Raises OSError."""
+    folder = uploads_folder(workspace)
+    handle, temporary = tempfile.mkstemp(prefix=".incoming-", dir=folder)
+    try:
+        with open(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+        path = free_path(folder, harmless_name(name))
+        os.rename(temporary, path)
+        return path
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ======================================================================================================================
+# Kiro: one child process speaking ACP, and the locks on its sessions
+# ======================================================================================================================
+
+INITIALIZE = {"protocolVersion": 1, "clientInfo": {"name": "tg-acp", "version": "1"},
+              "clientCapabilities": {"fs": {"readTextFile": False, "writeTextFile": False}, "terminal": False}}
+LINE_AT_MOST = 32 * 1024 * 1024
+STDERR_KEPT = 4000              # bytes
+END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
+TERM_SECONDS = 2                # from TERM to KILL
+LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to obey TERM
+REPLAY_SECONDS, QUIET_SECONDS = 1.0, 0.03
+BEGIN_TRIES, BEGIN_RETRY_SECONDS = 60, 60
+FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
+NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
+LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
+LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
+                  r"(unknown|no such|invalid|missing) session|resource.not.found", re.I | re.S)
+RESOURCE_NOT_FOUND = -32002
+STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
+                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
+                "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
+
+
+class KiroLocked(KiroFailure):
+    """Somebody else has the session."""
+
+
+class Models(NamedTuple):
+    """The models that Kiro reports for a session."""
+    offered: "list[tuple[str, str]]"    # (id, label)
+    current: str                        # id
+    config_id: Optional[str]            # of session/set_config_option; None: session/set_model
+
+
+class Kiro:
+    """One Kiro process.  Its frames go to `post`, in order, as events of a conversation:
+    ("response", kiro, frame), ("permission", kiro, id, params), ("notification", kiro, method, params), ("exit", kiro).
+
+    It has a place, which its waiter gives back when nothing of it is left.
+    """
+
+    def __init__(self, bot: Bot, workspace: str, post: "Callable[..., None]") -> None:
+        """Start the process.  Raises OSError."""
+        self._bot, self._post = bot, post
+        self.workspace = workspace
+        self.mark = f"{os.getpid()}.{secrets.token_hex(6)}"
+        self._popen = subprocess.Popen(
+            bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark), start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
+        self.pid = self._popen.pid
+        self.started_at = self.heard_at = self.wrote_at = time.monotonic()
+        self.agent: Optional[dict] = None        # its answer to initialize
+        self.session_id = ""                     # once it is loaded
+        self.models: Optional[Models] = None
+        self.taught = False                      # this prompt carries the lesson
+        self.kept_warm = False                   # counted among the warm ones
+        self.exit_noticed = False                # by the conversation, which had handled all earlier frames then
+        self.in_flight: "dict[str, tuple[int, float]]" = {}   # by method: request id, when it was sent
+        self.responses: "dict[int, dict]" = {}
+        self.turn_open = False                   # between a prompt and its response
+        self.replayed_before_response = False
+        self.gone = threading.Event()            # the process and all it left behind have ended
+        self._trouble = ""                       # why it had to be ended
+        self._stderr = b""
+        self._next_id = 0
+        self._prompt_id = 0
+        self._outgoing: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
+        self._lock = threading.Lock()            # between a signal and the moment when the pid may be another's
+        self._reaped = self._ending = False
+        bot.processes.add(self)
+        self._reader = self._thread(self._read, "reader")
+        self._stderr_reader = self._thread(self._drain, "stderr")
+        self._thread(self._write, "writer")
+        self._thread(self._await_exit, "waiter")
+
+    def _thread(self, target: "Callable[[], None]", role: str) -> threading.Thread:
+        thread = threading.Thread(target=target, name=f"{role} of {self.pid}", daemon=True)
+        thread.start()
+        return thread
+
+    # -- to Kiro: nothing here waits, the writer does ------------------------------------------------------------------
+
+    def request(self, method: str, params: dict) -> "tuple[int, float]":
+        """Send a request; return its id and the time.  The response comes as an event."""
+        self._next_id += 1
+        self._send({"id": self._next_id, "method": method, "params": params})
+        return self._next_id, time.monotonic()
+
+    def prompt(self, blocks: "list[dict]") -> "tuple[int, float]":
+        """Begin a turn; until its response, updates and permission requests are let through."""
+        self._prompt_id, self.turn_open = self._next_id + 1, True
+        return self.request("session/prompt", {"sessionId": self.session_id, "prompt": blocks})
+
+    def respond(self, request_id: Any, result: dict) -> None:
+        """Answer a request of Kiro's."""
+        self._send({"id": request_id, "result": result})
+
+    def cancel(self) -> None:
+        """Ask Kiro to end the turn, if there is one."""
+        if self.turn_open:
+            self._send({"method": "session/cancel", "params": {"sessionId": self.session_id}})
+
+    def _send(self, frame: dict) -> None:
+        self._outgoing.put(json.dumps({"jsonrpc": "2.0", **frame}).encode() + b"\n")
+
+    def _write(self) -> None:
+        try:
+            while (data := self._outgoing.get()) is not None:
+                for start in range(0, len(data), 65536):
+                    self._popen.stdin.write(data[start:start + 65536])
+                    self._popen.stdin.flush()
+                    self.wrote_at = time.monotonic()
+        except OSError:          # it has exited; the waiter tells
+            pass
+        try:
+            self._popen.stdin.close()
+        except OSError:          # the same
+            pass
+
+    def is_deaf(self) -> bool:
+        """Are there bytes in the pipe that it has not read?"""
+        try:
+            unread = fcntl.ioctl(self._popen.stdin, termios.FIONREAD, b"\0\0\0\0")
+        except (OSError, ValueError):    # closed
+            return False
+        return struct.unpack("i", unread)[0] > 0
+
+    # -- from Kiro -----------------------------------------------------------------------------------------------------
+
+    @property
+    def can_load(self) -> bool:
+        """Does the agent say that it can reload sessions?  Kiro does."""
+        capabilities = (self.agent or {}).get("agentCapabilities")
+        return not isinstance(capabilities, dict) or capabilities.get("loadSession") is not False
+
+    @property
+    def takes_images(self) -> bool:
+        """Does the agent take image blocks?"""
+        capabilities = (self.agent or {}).get("agentCapabilities") or {}
+        return bool((capabilities.get("promptCapabilities") or {}).get("image"))
+
+    def _read(self) -> None:
+        try:
+            while line := self._popen.stdout.readline(LINE_AT_MOST + 1):
+                if len(line) > LINE_AT_MOST:
+                    self._trouble = f"Kiro sent a line of more than {LINE_AT_MOST >> 20} MB"
+                    break
+                self._take(line)
+        except (OSError, ValueError) as error:
+            log.debug("Reading from Kiro %s: %s", self.pid, error)
+        if not self._reaped:         # without stdout it is of no use any more
+            self.end(patience=0.5)
+
+    def _take(self, line: bytes) -> None:
+        """Classify one frame: a response, a request, a notification, or junk [acp 2]."""
+        try:
+            frame = json.loads(line)
+        except (ValueError, RecursionError):
+            if line.strip():
+                log.debug("Not JSON from Kiro %s: %.200r", self.pid, line)
+            return
+        if not isinstance(frame, dict):
+            return
+        self.heard_at = time.monotonic()
+        method, params = frame.get("method"), frame.get("params")
+        params = params if isinstance(params, dict) else {}
+        if not isinstance(method, str):
+            self._take_response(frame)
+        elif "id" in frame:
+            self._take_request(frame["id"], method, params)
+        elif self._is_of_interest(method, params):
+            self._post("notification", self, method, params)
+
+    def _take_response(self, frame: dict) -> None:
+        if not isinstance(frame.get("id"), int) or frame["id"] > self._next_id:
+            return log.debug("A response to nothing from Kiro %s", self.pid)
+        if frame["id"] == self._prompt_id:
+            self.turn_open = False
+        self._post("response", self, frame)
+
+    def _take_request(self, request_id: Any, method: str, params: dict) -> None:
+        """Permission is asked for in turns only; nothing else was agreed on."""
+        if method != "session/request_permission":
+            error = {"code": -32601, "message": f"Method not found: {method}"}
+            self._send({"id": request_id, "error": error})
+        elif self.turn_open:
+            self._post("permission", self, request_id, params)
+        else:
+            self.respond(request_id, {"outcome": {"outcome": "cancelled"}})
+
+    def _is_of_interest(self, method: str, params: dict) -> bool:
+        """What is said outside a turn is replay, and so is dropped here; extensions may come at any time."""
+        if method != "session/update":
+            return method.startswith("_kiro")
+        if not self.session_id:
+            self.replayed_before_response = True
+        return self.turn_open and params.get("sessionId") in (None, self.session_id)
+
+    def _drain(self) -> None:
+        try:
+            while data := self._popen.stderr.read1(65536):
+                self._stderr = (self._stderr + data)[-STDERR_KEPT:]
+                log.debug("Kiro %s says: %.500r", self.pid, data)
+        except (OSError, ValueError):    # closed
+            pass
+
+    def how_it_ended(self) -> str:
+        """Return the exit status, and the end of stderr."""
+        if self._trouble:
+            return self._trouble
+        code = self._popen.returncode
+        if code is None:
+            return "it closed its output"
+        name = f"exit status {code}" if code >= 0 else f"signal {-code}"
+        said = self._stderr.decode(errors="replace").strip()
+        return f"{name}: {said[-600:]}" if said else name
+
+    def failure(self) -> KiroGone:
+        """Return the failure to raise when the process has gone.  Wrong usage and login are not worth a second try."""
+        told = self.how_it_ended()
+        final = self._popen.returncode == 2 or NOT_LOGGED_IN.search(told) or self._trouble
+        return KiroGone(f"Kiro has exited ({told}).", again=not final)
+
+    # -- its end -------------------------------------------------------------------------------------------------------
+
+    def end(self, patience: Optional[float]) -> None:
+        """Close stdin, which is the clean way [acp 4.1]; TERM after `patience` seconds, then KILL.  None: no signals."""
+        self.turn_open = False
+        self._outgoing.put(None)
+        with self._lock:
+            enforce = patience is not None and (not self._ending or patience == 0)
+            self._ending = self._ending or enforce
+        if enforce:
+            threading.Thread(target=self._enforce_end, args=(patience,), name=f"ender of {self.pid}", daemon=True).start()
+
+    def _enforce_end(self, patience: float) -> None:
+        if self.gone.wait(patience):
+            return
+        self.signal(signal.SIGTERM)
+        if self.gone.wait(TERM_SECONDS):
+            return
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int, leftovers: bool = False) -> None:
+        """Signal the process group, since kiro-cli does not pass signals on [acp 4.2], and if asked what else is left."""
+        with self._lock:
+            if not self._reaped:
+                _kill(-self.pid, number)
+        for pid in marked_processes(PROCESS_MARK, self.mark) if leftovers else ():
+            _kill(pid, number)
+
+    def _await_exit(self) -> None:
+        """The waiter: see the process and all it leaves behind to their end, give back its place, tell."""
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)      # not reaped yet: the pid is still its own
+        self._reader.join(0.5)
+        for number, seconds in ((signal.SIGTERM, LEFTOVER_SECONDS), (signal.SIGKILL, LEFTOVER_SECONDS)):
+            if not self._leftovers():
+                break
+            self.signal(number, leftovers=True)
+            limit = time.monotonic() + seconds
+            while self._leftovers() and time.monotonic() < limit:
+                time.sleep(0.01)
+        with self._lock:
+            self._popen.wait()
+            self._reaped = True
+        self._reader.join(1)
+        self._stderr_reader.join(0.2)
+        self._outgoing.put(None)
+        if self.session_id:
+            remove_dead_lock(self.session_id)
+        self._bot.processes.discard(self)
+        self.gone.set()
+        self._bot.places.give_back()
+        self._post("exit", self)
+
+    def _leftovers(self) -> "list[int]":
+        return [pid for pid in marked_processes(PROCESS_MARK, self.mark) if pid != self.pid]
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def child_environment(settings: Settings, mark: str) -> "dict[str, str]":
+    """Return Kiro's environment: ours without the token, with the marks by which a later run knows its orphans, and
+    without git finding the bot's own checkout above an empty workspace."""
+    secret = settings.token or "\0"
+    env = {name: value for name, value in os.environ.items() if name != "BOT_TOKEN" and secret not in value}
+    ceilings = [str(settings.workspaces), *filter(None, [env.get("GIT_CEILING_DIRECTORIES")])]
+    return {**env, "GIT_CEILING_DIRECTORIES": os.pathsep.join(ceilings), FOLDER_MARK: str(settings.folder),
+            OWNER_MARK: f"{os.getpid()}.{started(os.getpid())}", PROCESS_MARK: mark}
+
+
+def error_text(error: Any) -> str:
+    """Return what a JSON-RPC error says; Kiro puts it into `data`, a string or an object [acp 3.4]."""
+    if not isinstance(error, dict):
+        return str(error)
+    data = error.get("data")
+    if isinstance(data, dict):
+        data = next((data[key] for key in ("details", "message", "error") if data.get(key)), None) or json.dumps(data)
+    text = data or error.get("message") or "an error without a text"
+    return text if isinstance(text, str) else json.dumps(text)
+
+
+def models_of(result: dict) -> Optional[Models]:
+    """Return the models of a session/new or session/load result, in either dialect [acp 8, 11], or None."""
+    models = result.get("models")
+    if isinstance(models, dict) and models.get("availableModels"):
+        offered = [(m["modelId"], str(m.get("name") or m["modelId"])) for m in models["availableModels"]
+                   if isinstance(m, dict) and isinstance(m.get("modelId"), str)]
+        return Models(offered, models.get("currentModelId") or "", None)
+    for option in result.get("configOptions") or ():
+        if isinstance(option, dict) and option.get("category") == "model" and option.get("options"):
+            choices = [c for o in option["options"] for c in (o["options"] if "options" in o else [o])]   # groups, or not
+            offered = [(c["value"], str(c.get("name") or c["value"])) for c in choices]
+            return Models(offered, option.get("currentValue") or "", option.get("id") or "")
+    return None
+
+
+# -- locks and lost sessions -------------------------------------------------------------------------------------------
+
+def sessions_folder() -> Path:
+    """Return where Kiro keeps its sessions [acp 4.1]."""
+    return Path(os.environ.get("KIRO_HOME") or Path.home() / ".kiro") / "sessions" / "cli"
+
+
+def session_file(session_id: str, extension: str) -> Optional[Path]:
+    """Return the path of one of a session's files; None for an id that could lead elsewhere."""
+    return sessions_folder() / f"{session_id}.{extension}" if re.fullmatch(r"[\w-]+", session_id) else None
+
+
+def session_is_lost(failure: KiroFailure, session_id: str, had_history: bool) -> bool:
+    """Decide whether Kiro does not have the session any more; a passing trouble must not throw one away.
+
+    Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's missing file does.
+    """
+    if NOT_LOGGED_IN.search(str(failure)):
+        return False
+    if isinstance(failure, KiroRefusal) and (failure.code == RESOURCE_NOT_FOUND or LOST.search(str(failure))):
+        return True
+    return is_missing(session_id) or (not had_history and isinstance(failure, KiroRefusal))
+
+
+def is_missing(session_id: str) -> bool:
+    """Is it plain to see that Kiro has no such session?  Not where its sessions are out of sight."""
+    path = session_file(session_id, "json")
+    return path is not None and path.parent.is_dir() and not path.exists()
+
+
+def lock_holder(text: str) -> Optional[int]:
+    """Return the pid in Kiro's refusal to load a locked session, or None."""
+    match = LOCKED.search(text)
+    return int(match[1]) if match else None
+
+
+def settle_lock(pid: int, session_id: str, settings: Settings) -> None:
+    """Do what can be done about the process that holds a session's lock; return when loading may be tried again.
+
+    A dying process of ours: nothing, its waiter ends it.  An orphan of ours: end it.  A dead process: remove its lock.
+    Raises KiroLocked for a living stranger.
+    """
+    env = environment_of(pid)
+    if is_running(pid) and env.get(FOLDER_MARK) == str(settings.folder):
+        owner, _, began = env.get(OWNER_MARK, "").partition(".")
+        if owner == str(os.getpid()) or (owner.isdigit() and started(int(owner)) != began):
+            if owner != str(os.getpid()):
+                log.warning("Ending process %s, which a former run has left behind", pid)
+                end_orphan(pid, env.get(PROCESS_MARK, ""))
+            return
+    if is_running(pid) and holds_lock(pid, session_id, settings):
+        raise KiroLocked(f"This topic's session is open in another program (process {pid}). Close it there, then ask again.")
+    remove_dead_lock(session_id, pid)
+
+
+def end_orphan(pid: int, mark: str) -> None:
+    """End a process that no living bot owns, with everything that carries its mark."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for other in {pid, *(marked_processes(PROCESS_MARK, mark) if mark else ())}:
+            _kill(other, number)
+        limit = time.monotonic() + TERM_SECONDS
+        while is_running(pid) and time.monotonic() < limit:
+            time.sleep(0.02)
+        if not is_running(pid):
+            return
+
+
+def holds_lock(pid: int, session_id: str, settings: Settings) -> bool:
+    """Is the running process the one that took the lock, or has its pid been given to another since [acp 4.1]?"""
+    command_line = _proc(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").lower()
+    names = {"kiro", *(os.path.basename(word).lower() for word in settings.kiro_command if not word.startswith("-"))}
+    if not any(name in command_line for name in names):
+        return False
+    locked_at = lock_time(session_id)
+    return locked_at is None or start_time(pid) <= locked_at + 2
+
+
+def lock_time(session_id: str) -> Optional[float]:
+    """Return when the lock was taken, in seconds since the epoch, or None."""
+    path = session_file(session_id, "lock")
+    try:
+        text = json.loads(path.read_text())["started_at"] if path else ""
+        match = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)?", text)
+        zone = match[3] if match[3] and match[3] != "Z" else "+00:00"
+        return datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp()
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def remove_dead_lock(session_id: str, pid: Optional[int] = None) -> None:
+    """Remove the session's lock if its process is dead, or is the given one, known to be another's pid by now."""
+    path, holder = session_file(session_id, "lock"), lock_pid(session_id)
+    if path is None or holder is None or (holder != pid and is_running(holder)):
+        return
+    try:
+        path.unlink()
+        log.info("Removed the lock that dead process %s left on session %s", holder, session_id)
+    except OSError as error:
+        log.error("A dead lock can't be removed: %s: %s", path, error.strerror)
+
+
+def lock_pid(session_id: str) -> Optional[int]:
+    """Return the process that the session's lock names; None when there is no lock that could be understood."""
+    path = session_file(session_id, "lock")
+    try:
+        return int(json.loads(path.read_text())["pid"]) if path else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+# -- processes, by /proc -----------------------------------------------------------------------------------------------
+
+def _proc(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_running(pid: int) -> bool:
+    """Does the process exist, and not as a zombie?"""
+    state = _proc(pid, "stat").rpartition(b")")[2].split()
+    return bool(state) and state[0] not in (b"Z", b"X")
+
+
+def started(pid: int) -> str:
+    """Return when the process was started, in clock ticks since boot; with the pid it names one process for ever."""
+    fields = _proc(pid, "stat").rpartition(b")")[2].split()
+    return fields[19].decode() if len(fields) > 19 else ""
+
+
+def start_time(pid: int) -> float:
+    """Return when the process was started, in seconds since the epoch."""
+    ticks = started(pid)
+    boot = re.search(rb"^btime (\d+)", _proc_stat(), re.M)
+    return int(boot[1]) + int(ticks) / os.sysconf("SC_CLK_TCK") if boot and ticks else 0.0
+
+
+def _proc_stat() -> bytes:
+    return Path("/proc/stat").read_bytes()
+
+
+def environment_of(pid: int) -> "dict[str, str]":
+    """Return the environment that the process was started with; empty when it is not ours to see."""
+    pairs = (pair.partition(b"=") for pair in _proc(pid, "environ").split(b"\0"))
+    return {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
+
+
+def marked_processes(name: str, value: str) -> "list[int]":
+    """Return the running processes that carry this mark in their environment."""
+    needle = f"{name}={value}".encode()
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return [pid for pid in pids if needle in _proc(pid, "environ").split(b"\0") and is_running(pid)]
+
+
+# ======================================================================================================================
+# Reply: the one door to Telegram, a chat's pace, drafts and lasting messages
+# ======================================================================================================================
+
+FRAME_SECONDS = 1.5             # between two frames of a chat, over all its topics [tg 1.4]
+TIMEOUTS = {"sendMessageDraft": (3, 4), "getUpdates": None}   # seconds to connect, to read; None: telebot's
+TIMEOUT = (10, 30)
+UPLOAD_TIMEOUT = (10, 300)
+KEEP_ALIVE = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+              (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30), (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+              (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)]    # a connection that a NAT has dropped is noticed before it is used
+RETRY_DELAYS = (1, 2, 4, 8, 15, 30)
+SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's own
+ANSWER_SECONDS = 24 * 3600      # and on a part of an answer; it stays in the journal after that
+FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
+ASK_RETRY_SECONDS = 5
+PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
+RICH_LIMIT = 32768              # characters [tg 2.1]
+RICH_SOURCE = 24000             # characters of Kiro's text in one rich message, before it is made safe
+RICH_LINES = 350                # each may become a block, of which there may be 500
+DRAFT_LIMIT = 4000
+QUESTION_LIMIT = 3500
+CAPTION_LIMIT = 1024
+PHOTO_BYTES = 10 * 1024 * 1024
+UPLOAD_BYTES = 50 * 1024 * 1024
+LOCAL_UPLOAD_BYTES = 2000 * 1024 * 1024
+PART_SPACING = 1000             # as in the journal
+TOPIC_GONE = "This topic is gone, so I answer here:"
+
+
+class Refused(Exception):
+    """Telegram's definite no."""
+
+    def __init__(self, code: int, description: str) -> None:
+        super().__init__(f"{code} {description}")
+        self.code, self.description = code, description
+
+
+class Unauthorized(Refused):
+    """The token is not (any longer) valid."""
+
+
+class Conflict(Refused):
+    """Somebody else gets this bot's updates."""
+
+
+class Unreachable(Exception):
+    """No definite answer: no connection, a timeout, a server's fault.  What was sent may have arrived."""
+
+
+class TooManyRequests(Exception):
+    """Telegram wants silence in this chat for some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"flood control: {seconds:g} s")
+        self.seconds = seconds
+
+
+class Pace:
+    """The gate of one chat: a frame every FRAME_SECONDS over all topics, nothing while Telegram wants silence."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closed_until = 0.0
+        self._next_frame = 0.0
+        self._wanting: "dict[int, tuple[float, float]]" = {}   # thread: when its last frame was, when it asked
+
+    def close(self, seconds: float) -> None:
+        """Telegram has answered 429."""
+        with self._lock:
+            self._closed_until = max(self._closed_until, time.monotonic() + seconds)
+
+    def closed_for(self) -> float:
+        """Return for how many seconds nothing may be sent."""
+        return max(0.0, self._closed_until - time.monotonic())
+
+    def frame_wait(self, thread_id: int, last: Optional[float], now: float) -> float:
+        """Return 0 when the thread may send a frame now, else the seconds until it should ask again.
+
+        `last` is when it sent its last one; a turn's first frame (None) waits for nobody.  Of those who want to, the
+        one unrefreshed longest comes first.
+        """
+        with self._lock:
+            if now < self._closed_until:
+                return self._closed_until - now
+            if last is not None:
+                self._wanting[thread_id] = last, now
+                if now < self._next_frame:
+                    return self._next_frame - now
+                rivals = [other for other, asked in self._wanting.values() if now - asked < FRAME_SECONDS + 0.5]
+                if min(rivals) < last:
+                    return 0.02
+            self._wanting.pop(thread_id, None)
+            self._next_frame = max(self._next_frame, now + FRAME_SECONDS)
+            return 0
+
+    def leave(self, thread_id: int) -> None:
+        """The thread wants no frame any more."""
+        with self._lock:
+            self._wanting.pop(thread_id, None)
+
+
+class Telegram:
+    """The one door to Telegram.  It alone knows the token, telebot's errors and flood control.
+
+    Parameters travel in the request's body, since telebot would put them, and so whole messages, into the URL [tg 5.6];
+    nothing is repeated behind our back.
+    """
+
+    def __init__(self, settings: Settings, closing: threading.Event) -> None:
+        self._token, self._closing = settings.token, closing
+        self._api_url = settings.api_url
+        self.is_local = settings.api_url != TELEGRAM_API
+        self.rich = True                       # until the server turns out not to know rich messages
+        self._paces: "dict[int, Pace]" = {}
+        self._session = requests.Session()     # one for all threads: a new thread finds connections that are open
+        self._session.proxies = requests.utils.get_environ_proxies(settings.api_url)
+        self._session.trust_env = False        # looked up once, not for each request
+        for prefix in ("http://", "https://"):
+            self._session.mount(prefix, requests.adapters.HTTPAdapter(pool_maxsize=32))
+        urllib3.connection.HTTPConnection.default_socket_options = KEEP_ALIVE
+        apihelper.API_URL = settings.api_url + "/bot{0}/{1}"
+        apihelper.FILE_URL = settings.api_url + "/file/bot{0}/{1}"
+        apihelper.CUSTOM_REQUEST_SENDER = self._post
+        apihelper.RETRY_ON_ERROR = False       # it would send messages several times [tg 5.6]
+
+    def pace(self, chat: int) -> Pace:
+        """Return the chat's gate."""
+        return self._paces.setdefault(chat, Pace())
+
+    def call(self, method: "Callable[..., Any]", *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
+        """Call one of telebot's apihelper functions once; return Telegram's result as it came.
+
+        `chat` is the chat whose gate a 429 closes.  Raises Refused, Unauthorized, Conflict, TooManyRequests, Unreachable.
+        """
+        try:
+            return method(self._token, *args, **kwargs)
+        except apihelper.ApiTelegramException as error:
+            raise self._failure(error, chat) from None
+        except apihelper.ApiHTTPException as error:
+            raise Unreachable(f"HTTP {error.result.status_code} without an answer of the Bot API") from None
+        except (apihelper.ApiException, requests.RequestException) as error:    # their texts hold the token
+            raise Unreachable(type(error).__name__) from None
+        except (urllib3.exceptions.HTTPError, KeyError, TypeError, ValueError) as error:   # an answer in no known form
+            raise Unreachable(f"an answer that can't be read ({type(error).__name__})") from None
+
+    def _failure(self, error: apihelper.ApiTelegramException, chat: Optional[int]) -> Exception:
+        code, description = error.error_code, error.description
+        if code == 429:
+            parameters = error.result_json.get("parameters") or {}
+            failure = TooManyRequests(float(parameters.get("retry_after") or FLOOD_SECONDS))
+            if chat is not None:
+                self.pace(chat).close(failure.seconds)
+            return failure
+        if code >= 500:
+            return Unreachable(f"{code} {description}")
+        return {401: Unauthorized, 409: Conflict}.get(code, Refused)(code, description)
+
+    def insist(self, method: "Callable[..., Any]", *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
+        """Call until there is a definite answer, for so many seconds; what was lost on the way is sent again.
+
+        Raises Refused, Unreachable, and Closing when the bot is stopping.
+        """
+        limit, failures = time.monotonic() + seconds, 0
+        while True:
+            self.pause(self.pace(chat).closed_for())
+            try:
+                return self.call(method, *args, chat=chat, **kwargs)
+            except TooManyRequests as error:
+                if time.monotonic() + error.seconds > limit:
+                    raise Unreachable(str(error)) from error
+            except (Unreachable, Unauthorized) as error:
+                delay = RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)]
+                log.log(logging.DEBUG if failures else logging.WARNING, "%s: %s; trying again", method.__name__, error)
+                failures += 1
+                if time.monotonic() + delay > limit:
+                    raise Unreachable(str(error)) from error
+                self.pause(delay)
+
+    def pause(self, seconds: float) -> None:
+        """Wait.  Raises Closing when the bot is stopping."""
+        if self._closing.wait(seconds) if seconds else self._closing.is_set():
+            raise Closing
+
+    def _post(self, method: str, url: str, params: Optional[dict] = None, files: Optional[dict] = None,
+              timeout: Any = None, proxies: Any = None) -> requests.Response:
+        """Send what telebot has prepared.  Its name is telebot's CUSTOM_REQUEST_SENDER."""
+        name = url.rpartition("/")[2]
+        body = {key: str(value).lower() if isinstance(value, bool) else value for key, value in (params or {}).items()}
+        timeout = UPLOAD_TIMEOUT if files else TIMEOUTS.get(name, TIMEOUT) or timeout
+        response = self._session.post(url, data=body, files=files, timeout=timeout)
+        response.encoding = "utf-8"            # else requests guesses it, at length
+        return response
+
+    def download(self, file_id: str) -> "Iterator[bytes]":
+        """Yield a file's bytes.  Raises as `call`, and OSError."""
+        path = self.call(apihelper.get_file, file_id)["file_path"]
+        if self.is_local and os.path.isabs(path):       # a local Bot API server hands out its own files [tg 4]
+            with open(path, "rb") as file:
+                while chunk := file.read(DOWNLOAD_CHUNK):
+                    yield chunk
+            return
+        try:
+            url = apihelper.FILE_URL.format(self._token, requests.utils.quote(path))
+            with self._session.get(url, stream=True, timeout=TIMEOUT) as response:
+                if response.status_code != 200:
+                    raise Unreachable(f"HTTP {response.status_code} for a file")
+                yield from response.iter_content(DOWNLOAD_CHUNK)
+        except requests.RequestException as error:      # its text holds the token
+            raise Unreachable(type(error).__name__) from None
+
+
+def plain_part(text: str) -> dict:
+    """Return a part that is text as it is."""
+    return {"kind": "plain", "text": whole_characters(text)}
+
+
+def markup(buttons: "Optional[list]") -> Optional[types.InlineKeyboardMarkup]:
+    """Return an inline keyboard from rows of (label, data)."""
+    if not buttons:
+        return None
+    rows = [[types.InlineKeyboardButton(whole_characters(label)[:64] or "?", callback_data=data) for label, data in row]
+            for row in buttons]
+    return types.InlineKeyboardMarkup(rows)
+
+
+class Chat:
+    """What a conversation can do in its chat; `Topic` does it in Telegram, `Terminal` in a terminal.
+
+    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text", "buttons"?} or
+    {"kind": "file", "path", "caption"}.
+    """
+
+    def frame_wait(self, last: Optional[float], now: float) -> float:
+        """Return 0 when a frame may be sent now, else the seconds until it is worth asking again."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The turn is over: no more frames."""
+
+    def frame(self, draft_id: int, said: str, status: str) -> None:
+        """Show what was said so far, and what goes on."""
+        raise NotImplementedError
+
+    def parts(self, text: str) -> "list[dict]":
+        """Cut Kiro's text into parts."""
+        raise NotImplementedError
+
+    def send(self, part: dict) -> "list[dict]":
+        """Send a part of an answer; return other parts when it has to be sent in their form instead."""
+        raise NotImplementedError
+
+    def send_file(self, path: str, caption: str, workspace: str) -> str:
+        """Send a file of the workspace; return why not, or nothing."""
+        raise NotImplementedError
+
+    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+        """Send a message of the bot's own."""
+        raise NotImplementedError
+
+    def ask(self, text: str, buttons: list) -> int:
+        """Send a question once; return its message_id.  Raises Refused, Unreachable, TooManyRequests."""
+        raise NotImplementedError
+
+    def settle(self, message_id: int, text: str) -> None:
+        """Replace a message with buttons by its outcome."""
+        raise NotImplementedError
+
+    def react(self, message_id: int, emoji: str) -> None:
+        """Show that a message was seen."""
+        raise NotImplementedError
+
+    def download(self, file: TelegramFile) -> "Iterator[bytes]":
+        """Yield a file's bytes.  Raises Refused, Unreachable, TooManyRequests, OSError."""
+        raise NotImplementedError
+
+
+class Topic(Chat):
+    """A topic of a private chat."""
+
+    def __init__(self, telegram: Telegram, user_id: int, thread_id: int, rich: bool) -> None:
+        self._telegram, self._user_id, self._thread_id, self._rich = telegram, user_id, thread_id, rich
+        self._pace = telegram.pace(user_id)
+        self._gone = False                     # the topic was deleted, and that was said
+
+    # -- drafts --------------------------------------------------------------------------------------------------------
+
+    def frame_wait(self, last: Optional[float], now: float) -> float:
+        return self._pace.frame_wait(self._thread_id, last, now)
+
+    def leave(self) -> None:
+        self._pace.leave(self._thread_id)
+
+    def frame(self, draft_id: int, said: str, status: str) -> None:
+        """Send a frame, once: the next one is soon due, and an answer never waits for it."""
+        text = "\n\n".join(filter(None, [tail(said, DRAFT_LIMIT - 300), tail(status, 200)])) or "…"
+        try:
+            self._telegram.call(apihelper.send_message_draft, self._user_id, draft_id, whole_characters(text), chat=self._user_id,
+                                message_thread_id=self._thread_id or None, can_stop=True, keep_on_stop=True)
+        except (Refused, Unreachable, TooManyRequests) as error:
+            log.debug("A frame was not shown: %s", error)
+
+    # -- lasting messages ----------------------------------------------------------------------------------------------
+
+    def parts(self, text: str) -> "list[dict]":
+        if not (self._rich and self._telegram.rich and has_markdown(text)):
+            return self._plain_parts(text)
+        return [{"kind": "rich", "text": piece} for piece in rich_pieces(text)]
+
+    def _plain_parts(self, text: str) -> "list[dict]":
+        return [plain_part(piece) for piece in split_text(text, PLAIN_LIMIT, utf16_length)]
+
+    def send(self, part: dict) -> "list[dict]":
+        try:
+            if part["kind"] == "rich":
+                rich = types.InputRichMessage(markdown=rich_safe(part["text"]), skip_entity_detection=True)
+                self._post(apihelper.send_rich_message, rich, reply_markup=markup(part.get("buttons")))
+            else:
+                self._post_plain(part["text"], part.get("buttons"))
+        except Refused as refusal:
+            return self._other_form(part, refusal)
+        return []
+
+    def _other_form(self, part: dict, refusal: Refused) -> "list[dict]":
+        """Return the parts to send in the place of one that was refused."""
+        if refusal.code == 403 or "chat not found" in refusal.description:
+            log.error("An answer can't be delivered to %s: %s", self._user_id, refusal)
+            return []
+        log.warning("Telegram refused a %s part: %s", part["kind"], refusal)
+        if part["kind"] == "rich":
+            if refusal.code == 404 and "chat" not in refusal.description:       # a server that lacks the method
+                self._telegram.rich = False
+            pieces = self._plain_parts(part["text"])
+            pieces[-1]["buttons"] = part.get("buttons")
+            return pieces
+        if len(part["text"]) > 1 and "too long" in refusal.description:
+            half = split_text(part["text"], max(utf16_length(part["text"]) // 2, 1), utf16_length)
+            return [plain_part(piece) for piece in half]
+        self._post_plain(f"⚠️ Telegram refused a part of the answer: {refusal.description}", part.get("buttons"))
+        return []
+
+    def _post_plain(self, text: str, buttons: "Optional[list]" = None, seconds: float = ANSWER_SECONDS) -> Any:
+        return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds, reply_markup=markup(buttons),
+                          link_preview_options=types.LinkPreviewOptions(is_disabled=True))
+
+    def _post(self, method: "Callable[..., Any]", content: Any, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
+        """Send into the topic; when it was deleted, to the chat itself, and say so."""
+        insist = self._telegram.insist
+        if self._thread_id and not self._gone:
+            try:
+                return insist(method, self._user_id, content, chat=self._user_id, seconds=seconds,
+                              message_thread_id=self._thread_id, **kwargs)
+            except Refused as refusal:
+                if "thread not found" not in refusal.description:
+                    raise
+            self._gone = True
+            insist(apihelper.send_message, self._user_id, TOPIC_GONE, chat=self._user_id, seconds=seconds)
+        return insist(method, self._user_id, rewound(content), chat=self._user_id, seconds=seconds, **kwargs)
+
+    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+        pieces = list(split_text(whole_characters(text), PLAIN_LIMIT, utf16_length))
+        for n, piece in enumerate(pieces, 1):
+            self._post_plain(piece, buttons if n == len(pieces) else None, seconds=SAY_SECONDS)
+
+    def ask(self, text: str, buttons: list) -> int:
+        sent = self._telegram.call(apihelper.send_message, self._user_id, text, chat=self._user_id, reply_markup=markup(buttons),
+                                   message_thread_id=None if self._gone else self._thread_id or None,
+                                   link_preview_options=types.LinkPreviewOptions(is_disabled=True))
+        return sent["message_id"]
+
+    def settle(self, message_id: int, text: str) -> None:
+        try:
+            self._telegram.insist(apihelper.edit_message_text, tail(text, PLAIN_LIMIT), chat_id=self._user_id, message_id=message_id,
+                                  chat=self._user_id, link_preview_options=types.LinkPreviewOptions(is_disabled=True))
+        except Refused as refusal:             # deleted, or already as it should be
+            log.debug("A message could not be edited: %s", refusal)
+
+    def react(self, message_id: int, emoji: str) -> None:
+        self._telegram.call(apihelper.set_message_reaction, self._user_id, message_id, [types.ReactionTypeEmoji(emoji)],
+                            chat=self._user_id)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def download(self, file: TelegramFile) -> "Iterator[bytes]":
+        if file.size > DOWNLOAD_LIMIT and not self._telegram.is_local:
+            raise Refused(400, "file is too big: Telegram hands bots files of up to 20 MB only")
+        return self._telegram.download(file.file_id)
+
+    def send_file(self, path: str, caption: str, workspace: str) -> str:
+        try:
+            with open_inside(path, workspace) as file:
+                return self._upload(file, caption)
+        except FileRefused as refusal:
+            return str(refusal)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _upload(self, file: Any, caption: str) -> str:
+        """Send as photo if Telegram takes it as such, else as document; return why not, or nothing."""
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return "it is empty"
+        if size > (LOCAL_UPLOAD_BYTES if self._telegram.is_local else UPLOAD_BYTES):
+            return "it is larger than the 50 MB that Telegram takes"
+        short, rest = (caption, "") if utf16_length(caption) <= CAPTION_LIMIT else ("", caption)
+        is_photo = size <= PHOTO_BYTES and image_type(file.read(16)) in ("image/png", "image/jpeg", "image/webp")
+        for send in ([send_photo] if is_photo else []) + [send_document]:
+            file.seek(0)
+            try:
+                self._post(send, file, caption=short or None)
+                break
+            except Refused as refusal:
+                if send is send_document or refusal.code == 403:
+                    return f"Telegram refused it: {refusal.description}"
+        if rest:
+            self.say(rest)
+        return ""
+
+
+def send_photo(token: str, chat_id: int, file: Any, **kwargs: Any) -> Any:
+    """telebot's, with the file's name made safe for its unquoted headers [tg 4]; from the start on each try."""
+    return apihelper.send_photo(token, chat_id, (harmless_name(os.path.basename(file.name)), rewound(file)), **kwargs)
+
+
+def send_document(token: str, chat_id: int, file: Any, **kwargs: Any) -> Any:
+    """The same for any file."""
+    return apihelper.send_data(token, chat_id, rewound(file), "document", visible_file_name=harmless_name(os.path.basename(file.name)),
+                               **kwargs)
+
+
+def rewound(content: Any) -> Any:
+    """Return the content; a file is read from its start again."""
+    if hasattr(content, "seek"):
+        content.seek(0)
+    return content
+
+
+class FileRefused(Exception):
+    """A file that Kiro wants to send must not be sent; the text completes "but ..."."""
+
+
+def open_inside(path: str, workspace: str) -> Any:
+    """Open a regular file inside the workspace, links resolved.  Raises FileRefused, OSError."""
+    real, root = os.path.realpath(os.path.join(workspace, path)), os.path.realpath(workspace)
+    if os.path.commonpath([real, root]) != root:
+        raise FileRefused("it is outside of this topic's folder")
+    if not os.path.lexists(real):
+        raise FileRefused("there is no such file")
+    file = open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")    # must not wait for a pipe's writer
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileRefused("it is not a regular file")
+    return NamedFile(file, real)
+
+
+class NamedFile:
+    """An open file that knows its path, which one opened by descriptor does not."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self.name = file, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._file, attribute)
+
+    def __enter__(self) -> NamedFile:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._file.close()
+
+
+# ======================================================================================================================
+# Markdown: what Kiro writes, made safe and cut to size
+# ======================================================================================================================
+
+FENCE = r"^[ \t]*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n.*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)|\Z)"
+CODE_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)"
+CODE = re.compile(f"{FENCE}|{CODE_SPAN}", re.M | re.S)
+FENCE_LINE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})")
+FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?P<q>["'])(?P<path>[^"'<>\n]*)(?P=q)\s*(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""",
+                      re.S)
+TAG_START = "<send_file"
+MARKDOWN = re.compile(r"""
+    ^[ ]{0,3}(?:\#{1,6}\s | [-*+]\s+\S | \d{1,9}[.)]\s+\S | >\s?\S | `{3} | ~{3} | \|.*\|[ \t]*$ | (?:-{3,}|\*{3,}|_{3,})[ \t]*$)
+    | `[^`\n]+` | \*\*\S | (?<!\w)__\S | ~~\S | (?<![\w*])\*[^\s*][^*\n]*\*(?!\w) | (?<!\w)_[^\s_][^_\n]*_(?!\w)
+    | \[[^\]\n]*\]\([^)\n]+\)""", re.M | re.X)
+PROSE = re.compile(FENCE + "|" + r"""
+    (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\](?:\([^()\n]*\))?|[^\[\]\\`\n])*)\]
+        \((?P<target><[^<>\n]*>|[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\))
+    |(?P<code>""" + CODE_SPAN + r""")
+    |(?P<definition>^[ ]{0,3}\[(?!\^)[^\]\n]+\]:[ \t]*\S+[^\n]*$)
+    |(?P<escaped>\\[!-/:-@\[-`{-~])
+    |(?P<break><br\s*/?>)
+    |<(?P<auto>https?://[^\s<>]+)>
+    |(?P<url>https?://[^\s<>"`|\]]+)
+    |(?P<tag>^[ ]{0,3}\#{1,6}(?=[^\s\#]))
+    |(?P<mark>\$|<|==+|\|\||!(?=\[))
+    """, re.M | re.S | re.X)
+SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?(?:[/?#]\S*)?|tg://\S+")
+
+
+def utf16_length(text: str) -> int:
+    """Return the length in UTF-16 units, as Telegram's clients count."""
+    return len(text) + sum(c > "\uffff" for c in text) if not text.isascii() else len(text)
+
+
+def whole_characters(text: str) -> str:
+    """Join surrogate halves, which arrive apart when an emoji lies across two chunks; replace what is left of them."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def tail(text: str, limit: int) -> str:
+    """Return the end of the text, at most so many UTF-16 units, from the start of a line if possible."""
+    if utf16_length(text) <= limit:
+        return text
+    end = text[-limit + 1:]
+    while utf16_length(end) > limit - 1:
+        end = end[utf16_length(end) - limit + 1:] if end.isascii() else end[max(1, (utf16_length(end) - limit) // 2):]
+    line = end.find("\n")
+    return "…" + (end[line + 1:] if 0 <= line < len(end) // 2 else end)
+
+
+def code_ranges(text: str) -> "list[tuple[int, int]]":
+    """Return where code is: fenced blocks, closed or not, and code spans."""
+    return [match.span() for match in CODE.finditer(text)] if "`" in text or "~~~" in text else []
+
+
+def visible_text(text: str, still_coming: bool = False) -> "tuple[str, list[tuple[str, str]]]":
+    """Return the text without its file tags, and the (path, caption) of each; tags inside code are text.
+
+    While the text is still coming, the beginning of a tag at its end is hidden too.
+    """
+    if "<" not in text:
+        return text, []
+    code, files, kept, at = code_ranges(text), [], [], 0
+    for match in FILE_TAG.finditer(text):
+        if any(start <= match.start() < end for start, end in code):
+            continue
+        files.append((match["path"].strip(), (match["caption"] or "").strip()))
+        kept.append(text[at:match.start()])
+        at = match.end()
+    rest = text[at:]
+    start = open_tag(rest, still_coming)
+    if start is not None and not any(begin <= at + start < end for begin, end in code):
+        rest = rest[:start]
+    return "".join([*kept, rest]).strip("\n"), files
+
+
+def open_tag(text: str, still_coming: bool) -> Optional[int]:
+    """Return where a tag begins that does not end, or that may be about to begin."""
+    start = text.rfind(TAG_START)
+    if start >= 0:
+        return start
+    for length in range(min(len(TAG_START), len(text)), 0, -1) if still_coming else ():
+        if text.endswith(TAG_START[:length]):
+            return len(text) - length
+    return None
+
+
+def has_markdown(text: str) -> bool:
+    """Is there anything to format?"""
+    return bool(MARKDOWN.search(text))
+
+
+def close_code(text: str) -> str:
+    """Return the text with a code block that is open at its end closed."""
+    fence = ""
+    for line in text.splitlines():
+        fence = next_fence(fence, line)
+    return f"{text}\n{fence_mark(fence)}" if fence else text
+
+
+def next_fence(fence: str, line: str) -> str:
+    """Return the line that opened the code block we are in after this line, or nothing outside."""
+    match = FENCE_LINE.match(line)
+    if not match:
+        return fence
+    if not fence:
+        return line
+    closes = match[1].startswith(fence_mark(fence)) and not line.strip().strip("`~")
+    return "" if closes else fence
+
+
+def fence_mark(fence: str) -> str:
+    """Return the ``` of a line that opens a code block."""
+    return FENCE_LINE.match(fence)[1]
+
+
+def split_text(text: str, limit: int, size: "Callable[[str], int]" = len, lines_at_most: int = 10**9) -> "Iterator[str]":
+    """Yield the text in pieces of at most `limit` by `size`: cut at paragraphs, else lines, else words; a code block is
+    closed at a cut and opened again with its language."""
+    room = max(limit - 80, limit // 2, 1)      # for the fences at both ends
+    piece: "list[str]" = []                    # lines, with the fence that is open before each
+    fences: "list[str]" = []
+    used, fence = 0, ""
+    for line in short_lines(text, room, size):
+        if piece and (used + size(line) > room or len(piece) >= lines_at_most):
+            cut = best_cut(piece, fences)
+            yield from fenced(piece[:cut], fences[0], fences[cut] if cut < len(piece) else fence)
+            piece, fences = piece[cut:], fences[cut:]
+            used = sum(map(size, piece))
+        piece.append(line)
+        fences.append(fence)
+        used += size(line)
+        fence = next_fence(fence, line.rstrip("\n"))
+    yield from fenced(piece, fences[0] if fences else "", fence)
+
+
+def best_cut(piece: "list[str]", fences: "list[str]") -> int:
+    """Return before which line to cut: after the last blank line of the second half that is in no code block."""
+    for n in range(len(piece) - 1, len(piece) // 2, -1):
+        if not piece[n - 1].strip() and not fences[n]:
+            return n
+    return len(piece)
+
+
+def fenced(lines: "list[str]", before: str, after: str) -> "Iterator[str]":
+    """Yield the lines as one piece, its code block opened and closed if it is cut through; nothing for blank ones."""
+    body = "".join(lines).strip("\n") if not before else "".join(lines).rstrip("\n")
+    if not body.strip():
+        return
+    opening = (before if len(before) <= 40 else fence_mark(before)) + "\n" if before else ""
+    if before and after == before and FENCE_LINE.match(body) and not body.strip().strip("`~"):
+        return                                 # nothing but the end of the block
+    yield opening + body + (f"\n{fence_mark(after)}" if after else "")
+
+
+def short_lines(text: str, room: int, size: "Callable[[str], int]") -> "Iterator[str]":
+    """Yield the lines with their ends, those that don't fit cut at spaces."""
+    for line in text.splitlines(keepends=True):
+        while size(line) > room:
+            width = room if line.isascii() or size is len else max(room // 2, 1)
+            space = line.rfind(" ", width // 2, width)
+            cut = space + 1 if space > 0 else width
+            yield line[:cut]
+            line = line[cut:]
+        yield line
+
+
+def rich_pieces(text: str) -> "Iterator[str]":
+    """Yield Kiro's Markdown in pieces that are rich messages of allowed size once they are made safe."""
+    for piece in split_text(text, RICH_SOURCE, len, RICH_LINES):
+        if len(rich_safe(piece)) <= RICH_LIMIT:
+            yield piece
+        else:
+            yield from split_text(piece, RICH_LIMIT // 5, len, RICH_LINES)     # escaping at most multiplies by five
+
+
+def rich_safe(text: str) -> str:
+    """Return Markdown that Telegram neither refuses nor garbles, and that makes it fetch nothing [tg 2.1-2.3]."""
+    return hard_breaks(safe_prose(close_code(text)))
+
+
+def safe_prose(text: str) -> str:
+    """Neutralize links and signs outside of code that mean something else to Telegram."""
+    return PROSE.sub(_safe_token, text)
+
+
+def _safe_token(match: "re.Match[str]") -> str:
+    kind = match.lastgroup
+    if match["link"]:
+        return _safe_link(match["label"], match["target"])
+    if match["definition"]:
+        return "\\" + match["definition"].lstrip()
+    if match["break"]:
+        return " "
+    if match["auto"]:
+        return _safe_link("", match["auto"])
+    if match["url"]:
+        url = match["url"].rstrip(".,;:!?'*_)") if ")" not in match["url"] or "(" not in match["url"] else match["url"].rstrip(".,;:!?'*_")
+        return _safe_link("", url) + match["url"][len(url):]
+    if match["tag"]:
+        return match["tag"].replace("#", "\\#", 1)
+    if match["mark"]:
+        return _safe_mark(match)
+    assert kind                                # code and escapes stay as they are
+    return match[0]
+
+
+def _safe_mark(match: "re.Match[str]") -> str:
+    mark = match["mark"]
+    if mark == "<":
+        return "&lt;"
+    if mark == "!":                            # of an image whose link is in no known form
+        return ""
+    line = match.string[match.string.rfind("\n", 0, match.start()) + 1:match.start()]
+    if mark == "||" and line.lstrip().startswith("|"):
+        return "| |"                           # an empty cell
+    return "".join("\\" + sign for sign in mark)
+
+
+def _safe_link(label: str, target: str) -> str:
+    """Return a link that Telegram takes, or else label and target as text: a relative path would refuse it all."""
+    target = target.strip().strip("<>").split(' "')[0].strip()
+    label = safe_prose(label)
+    if SAFE_URL.fullmatch(target):
+        target = target.replace("$", "%24")
+        return f"[{label or safe_label(target)}]({target})"
+    code = f"`{target.replace('`', '')}`" if target.strip("`") else ""
+    if not label.strip() or label.strip("`* ") == target:
+        return code
+    return f"{label} ({code})" if code else label
+
+
+def safe_label(url: str) -> str:
+    """Return an address as text that is not taken for Markdown."""
+    return re.sub(r"([\\`*_\[\]$<>=|~])", r"\\\1", url)
+
+
+def hard_breaks(text: str) -> str:
+    """Keep single line ends, which Markdown would fold into one line, by two spaces before them."""
+    lines, fence = text.split("\n"), ""
+    for n, line in enumerate(lines[:-1]):
+        before, fence = fence, next_fence(fence, line)
+        in_code = before or fence
+        if not in_code and line.strip() and lines[n + 1].strip() and not line.lstrip().startswith("|"):
+            lines[n] = line.rstrip() + "  "
+    return "\n".join(lines)
+
+
+# ======================================================================================================================
+# Running: start, stop, the console, the check
+# ======================================================================================================================
+
+START_SECONDS = 5 * 60          # how long to wait for Telegram at the start
+PURGE_SECONDS = 6 * 3600
+CHECK_SECONDS = 15
+VERSION_SECONDS = 10
+CONSOLE_USER = CONSOLE_THREAD = 0
+
+
+class StartError(Exception):
+    """The bot can't run; the text is one line that says why."""
+
+
+def lock_folder(folder: Path) -> int:
+    """Make sure that this is the folder's only bot; return the descriptor that holds the lock.  Raises StartError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StartError(f"Another bot is running in {folder}") from error
+    return descriptor
+
+
+def make_folder(settings: Settings) -> None:
+    """Make the folder for the workspaces, for its owner only.  Raises SettingsError."""
+    try:
+        settings.workspaces.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(settings.workspaces, os.W_OK | os.X_OK):
+            raise PermissionError(0, "it is not writable")
+    except OSError as error:
+        raise SettingsError(f"WORKSPACE_BASE_PATH: {settings.workspaces} can't be used: {error.strerror}") from error
+
+
+def make_private(*paths: Path) -> None:
+    """Take group's and others' rights off the files that hold the token or the conversations."""
+    for path in paths:
+        if path.exists() and path.stat().st_mode & 0o077:
+            try:
+                path.chmod(path.stat().st_mode & ~0o077)
+                log.info("Made %s readable by its owner only", path.name)
+            except OSError as error:
+                log.warning("%s is readable by others: %s", path, error.strerror)
+
+
+def kiro_version(settings: Settings) -> str:
+    """Return what Kiro's command says of its version.  Raises StartError when it is not there."""
+    program = shutil.which(settings.kiro_command[0])
+    if program is None:
+        raise StartError(f"KIRO_COMMAND: {settings.kiro_command[0]} is not found; install Kiro CLI or name it by its path")
+    if "kiro-cli" not in os.path.basename(program):
+        return f"{' '.join(settings.kiro_command)}"
+    try:
+        result = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=VERSION_SECONDS,
+                                stdin=subprocess.DEVNULL, env=child_environment(settings, "version"))
+        return f"{result.stdout.strip() or result.stderr.strip() or 'of unknown version'} ({program})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StartError(f"KIRO_COMMAND: {program} --version failed: {type(error).__name__}") from error
+
+
+def get_me(telegram: Telegram, seconds: float) -> dict:
+    """Return the bot's own user, waiting so long for Telegram.  Raises SettingsError, StartError."""
+    limit, failures = time.monotonic() + seconds, 0
+    while True:
+        try:
+            return telegram.call(apihelper.get_me)
+        except Refused as refusal:
+            if refusal.code in (401, 404):
+                raise SettingsError("BOT_TOKEN is not accepted by Telegram: get the current one from @BotFather") from refusal
+            raise StartError(f"Telegram refuses: {refusal}") from refusal
+        except (Unreachable, TooManyRequests) as error:
+            delay = getattr(error, "seconds", RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
+            if time.monotonic() + delay > limit:
+                raise StartError(f"Telegram can't be reached at TELEGRAM_API_URL: {error}") from error
+            log.log(logging.DEBUG if failures else logging.WARNING, "Telegram can't be reached: %s; trying again", error)
+            failures += 1
+            telegram.pause(delay)
+
+
+def describe_topics(me: dict) -> str:
+    """Say whether the bot's private chats have topics, and how to get them."""
+    if me.get("has_topics_enabled"):
+        return "topics are on"
+    return "topics are off (switch them on: @BotFather, Bot Settings, Threaded Mode); until then there is one conversation"
+
+
+def describe_allowed(settings: Settings) -> str:
+    """Say who may use the bot."""
+    if not settings.allowed:
+        return "nobody yet (ALLOWED_TELEGRAM_IDS is empty): write to the bot, it tells you your id"
+    return ", ".join(map(str, sorted(settings.allowed)))
+
+
+def serve(settings: Settings) -> int:
+    """Run the bot until it is told to stop; return the exit status."""
+    lock_folder(settings.folder)
+    make_folder(settings)
+    make_private(settings.folder / ".env", settings.folder / DATABASE)
+    with open_store(settings.folder / DATABASE) as store:
+        bot = Bot(settings, store)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: bot.finished.set())
+        threading.Thread(target=run, args=(bot,), name="poll", daemon=True).start()
+        while not bot.finished.wait(PURGE_SECONDS):
+            purge(store)
+        bot.shut_down()
+    log.info("Stopped")
+    return bot.exit_status
+
+
+def run(bot: Bot) -> None:
+    """Say what was found, take up what was left, poll."""
+    try:
+        announce(bot)
+        bot.recover()
+        Poll(bot).run()
+    except (SettingsError, StartError, StoreError) as error:
+        bot.quit(2 if isinstance(error, SettingsError) else 1, str(error))
+    except Closing:
+        pass
+    except Exception:   # without a poll there is no bot: let whoever restarts it know
+        log.exception("Polling has failed")
+        bot.quit(1, "Stopping")
+
+
+def announce(bot: Bot) -> None:
+    """Say in one line each what was found.  Raises SettingsError, StartError."""
+    settings = bot.settings
+    try:
+        log.info("Kiro: %s", kiro_version(settings))
+    except StartError as error:      # it may be installed while the bot runs
+        log.error("%s", error)
+    log.info("pyTelegramBotAPI: %s", telebot_version)
+    me = get_me(bot.telegram, START_SECONDS)
+    log.info("Bot: @%s, %s", me.get("username"), describe_topics(me))
+    log.info("Allowed: %s", describe_allowed(settings))
+    log.info("Folder: %s", settings.workspaces)
+    purge(bot.store)
+    log.info("Database: %s, %d sessions", settings.folder / DATABASE, bot.store.count_sessions())
+    bot.errand(bot.telegram.call, apihelper.set_my_commands, [types.BotCommand(*item) for item in COMMANDS.items()])
+
+
+def purge(store: SessionStore) -> None:
+    """Forget old messages."""
+    try:
+        store.purge()
+    except StoreError as error:
+        log.error("Old messages can't be purged: %s", error)
+
+
+def open_store(path: "Path | str") -> SessionStore:
+    """Return the database.  Raises StartError."""
+    try:
+        return SessionStore(str(path))
+    except StoreError as error:
+        raise StartError(f"The database {path} can't be used: {error}") from error
+
+
+# -- the console -------------------------------------------------------------------------------------------------------
+
+class Terminal(Chat):
+    """A terminal as a chat: what Kiro says is printed as it comes."""
+
+    def __init__(self) -> None:
+        self._shown = ""                       # of the present answer
+        self.question: "Optional[tuple[str, list]]" = None     # an open permission request: its text, its buttons
+        self.buttons: "list[tuple[str, str]]" = []             # of the last message
+
+    def frame_wait(self, last: Optional[float], now: float) -> float:
+        return max(0.0, last + 0.05 - now) if last else 0
+
+    def frame(self, draft_id: int, said: str, status: str) -> None:
+        if said.startswith(self._shown):
+            self._print(said[len(self._shown):])
+            self._shown = said
+
+    def parts(self, text: str) -> "list[dict]":
+        return [plain_part(text)]
+
+    def send(self, part: dict) -> "list[dict]":
+        text = part["text"]
+        self._print((text[len(self._shown):] if text.startswith(self._shown) else text) + "\n")
+        self._shown = ""
+        return []
+
+    def send_file(self, path: str, caption: str, workspace: str) -> str:
+        try:
+            with open_inside(path, workspace) as file:
+                print(f"[file: {file.name}] {caption}", flush=True)
+        except FileRefused as refusal:
+            return str(refusal)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+        print(text, flush=True)
+
+    def ask(self, text: str, buttons: list) -> int:
+        print("\n" + text)
+        for n, [(label, _)] in enumerate(buttons, 1):
+            print(f"  {n}. {label}")
+        print(f"Choose 1-{len(buttons)}: ", end="", flush=True)
+        self.question = text, buttons
+        return 1
+
+    def settle(self, message_id: int, text: str) -> None:
+        self.question = None
+        print(text.splitlines()[-1], flush=True)
+
+    def react(self, message_id: int, emoji: str) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+class Console:
+    """Talks to Kiro in this terminal, as user 0 in thread 0.  It may run beside a bot: its messages are journaled in
+    memory, and it touches nobody's locks and processes but its own."""
+
+    def __init__(self, bot: Bot) -> None:
+        self._bot = bot
+        self._terminal = Terminal()
+        self._conversation = Conversation(bot, CONSOLE_USER, CONSOLE_THREAD, self._terminal)
+        self._count = 0
+
+    def run(self) -> None:
+        """Take each line as one message, until the input's end."""
+        if sys.stdin.isatty():
+            print("Talk to Kiro. /help tells the commands; Ctrl-C stops the turn, Ctrl-D leaves.")
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line.strip():
+                self._handle(line.strip())
+
+    def _handle(self, line: str) -> None:
+        self._count += 1
+        message = types.Message.de_json({
+            "message_id": self._count, "date": 0, "text": line, "chat": {"id": CONSOLE_USER, "type": "private"}})
+        incoming = Incoming(self._count, message)
+        if incoming.command in ("start", "help"):
+            print(HELP)
+        elif incoming.command == "status":
+            print(self._conversation.status())
+        elif incoming.command == "model" and self._conversation.models:
+            print(self._conversation.answer_model(incoming.argument)[0])
+        elif incoming.command == "stop":
+            print("Nothing is running.")
+        else:
+            row = InboxMessage(self._count, CONSOLE_USER, CONSOLE_THREAD, self._count, "")
+            self._bot.store.receive([row])
+            self._conversation.add(incoming)
+            self._attend()
+        if incoming.command == "model":
+            print(*(f"  {name}" for name in self._conversation.model_names()), sep="\n")
+
+    def _attend(self) -> None:
+        """Wait for the answer; ask what Kiro asks; Ctrl-C stops the turn."""
+        while self._conversation.turn is not None:
+            try:
+                time.sleep(0.01)
+                if self._terminal.question:
+                    self._decide(*self._terminal.question)
+            except KeyboardInterrupt:
+                self._conversation.stop()
+
+    def _decide(self, text: str, buttons: list) -> None:
+        self._terminal.question = None
+        try:
+            answer = input()
+        except EOFError:
+            answer = ""
+        index = int(answer) - 1 if answer.strip().isdigit() else -1
+        if not 0 <= index < len(buttons):
+            print("That is none of them; the turn is stopped.")
+            self._conversation.stop()
+            return
+        _, token, number = buttons[index][0][1].split(":")
+        self._conversation.decide(token, int(number), 1)
+
+
+class ConsoleStore(SessionStore):
+    """Sessions of the real database, the journal in memory: a bot beside the console must not find its messages."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(":memory:")
+        self._sessions = SessionStore(path)
+        for name in ("get_session", "upsert_session", "set_model", "get_model", "delete_session", "get_facts", "set_facts"):
+            setattr(self, name, getattr(self._sessions, name))
+
+    def close(self) -> None:
+        self._sessions.close()
+        super().close()
+
+
+def console(settings: Settings) -> int:
+    """Run the console; return the exit status."""
+    make_folder(settings)
+    try:
+        store = ConsoleStore(str(settings.folder / DATABASE))
+    except StoreError as error:
+        raise StartError(f"The database {settings.folder / DATABASE} can't be used: {error}") from error
+    logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
+    with store:
+        bot = Bot(settings, store)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            Console(bot).run()
+        finally:
+            bot.shut_down()
+    return 0
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+def check(settings: Settings) -> int:
+    """Try everything once and print what was found; return 0 when all is well, else 1."""
+    closing = threading.Event()
+    telegram = Telegram(settings, closing)
+    steps = [("Folder", lambda: check_folder(settings)), ("Database", lambda: check_database(settings)),
+             ("Telegram", lambda: check_telegram(telegram)), ("Allowed", lambda: describe_allowed(settings)),
+             ("Kiro", lambda: kiro_version(settings)), ("Handshake", lambda: handshake(settings)),
+             ("Locks", lambda: check_locks(settings))]
+    failed = 0
+    for name, step in steps:
+        try:
+            print(f"ok    {name}: {step()}", flush=True)
+        except (SettingsError, StartError, StoreError, KiroFailure) as error:
+            failed += 1
+            print(f"FAIL  {name}: {error}", flush=True)
+    print("All is well." if not failed else f"{failed} to mend.")
+    return 1 if failed else 0
+
+
+def check_folder(settings: Settings) -> str:
+    make_folder(settings)
+    return str(settings.workspaces)
+
+
+def check_database(settings: Settings) -> str:
+    path = settings.folder / DATABASE
+    if not path.exists():
+        return f"{path} will be made"
+    with open_store(path) as store:
+        return f"{path}, {store.count_sessions()} sessions"
+
+
+def check_telegram(telegram: Telegram) -> str:
+    me = get_me(telegram, CHECK_SECONDS)
+    return f"@{me.get('username')}, {describe_topics(me)}"
+
+
+def handshake(settings: Settings) -> str:
+    """Start Kiro in a temporary folder, make a session, and say what it offers.  Raises KiroFailure."""
+    with tempfile.TemporaryDirectory() as folder, SessionStore(":memory:") as store:
+        bot = Bot(settings._replace(workspaces=Path(folder), silence_seconds=min(settings.silence_seconds, 60)), store)
+        conversation = Conversation(bot, CONSOLE_USER, CONSOLE_THREAD, Terminal())
+        try:
+            kiro = conversation.ready()
+            agent = (kiro.agent or {}).get("agentInfo") or {}
+            return (f"{agent.get('name', 'the agent')} {agent.get('version', '')} made a session; models: "
+                    f"{', '.join(conversation.model_names()) or 'none reported'}")
+        except KiroFailure as failure:
+            raise KiroFailure(f"{failure}{conversation.advice(failure)}") from failure
+        finally:
+            bot.shut_down()
+
+
+def check_locks(settings: Settings) -> str:
+    """Name the sessions of this bot that a dead process has locked; the bot removes such a lock when it meets it."""
+    path, stale = settings.folder / DATABASE, []
+    if not path.exists():
+        return "none"
+    with open_store(path) as store:
+        for session_id in store.session_ids():
+            pid = lock_pid(session_id)
+            if pid is not None and not (is_running(pid) and holds_lock(pid, session_id, settings)):
+                stale.append(f"{session_id} (process {pid})")
+    return f"stale, removed at the next message: {', '.join(stale)}" if stale else "none stale"
+
+
+# -- main --------------------------------------------------------------------------------------------------------------
+
+def main(arguments: "list[str]") -> int:
+    """Run what the command line asks for; return the exit status: 2 for a bad setting."""
+    parser = argparse.ArgumentParser(prog="bot.py", description="A Telegram bot that gives every topic of a private chat its own "
+                                     "Kiro CLI session. Settings are read from ./.env and the environment (see README.md).")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="try everything once, say what was found, exit 0 or 1")
+    modes.add_argument("--console", action="store_true", help="talk to Kiro in this terminal, without Telegram")
+    options = parser.parse_args(arguments)
+    os.umask(0o077)
+    folder = Path.cwd()
+    try:
+        settings = load_settings(folder, need_token=not options.console)
+        set_up_logging(settings)
+        return check(settings) if options.check else console(settings) if options.console else serve(settings)
+    except (SettingsError, StartError) as error:
+        print(f"bot.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+
+
+def load_settings(folder: Path, need_token: bool) -> Settings:
+    """Read `.env` and the environment, which wins.  The token is taken out of it, so that no child inherits it."""
+    try:
+        load_dotenv(folder / ".env")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    settings = read_settings(dict(os.environ), folder, need_token)
+    os.environ.pop("BOT_TOKEN", None)
+    return settings
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(status)     # not sys.exit: threads that still wait for the network must not keep the program

@@ -1,0 +1,359 @@
+"""What the bot remembers: which Kiro session a topic has, and which messages it has taken on.
+
+One SQLite file, one connection, one lock: every method may be called from any thread, holds the lock for one short
+transaction, and has committed when it returns.  Every failure of the database is a `StoreError`.
+
+Two parts share the file:
+
+* **sessions**: one row for each (user, thread), the owner's data model.
+* **inbox**: the journal.  A message is written here before Telegram is told that it was received.  Messages that go to
+  Kiro as one prompt share a *turn* and change their state together:
+
+      waiting -> begun -> answered -> done
+                  |          |
+                  +----------+-> offered -> waiting again, or done
+
+  *begun* is committed just before the prompt is sent, *answered* together with the parts of the answer before the first
+  of them is sent; a part is deleted when Telegram has confirmed it.  *offered* turns were cut off: the topic has buttons
+  to ask again or to drop them.
+
+Glossary: *user* is a Telegram user id, *thread* a Telegram message_thread_id (0 outside any topic), *body* a JSON text
+that this module does not look into, *position* a part's place in its answer.
+"""
+
+import os
+import sqlite3
+import threading
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import Iterable, Iterator, NamedTuple, Optional
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (
+    user_id        INTEGER NOT NULL,
+    thread_id      INTEGER NOT NULL,
+    session_id     TEXT    NOT NULL,
+    workspace_path TEXT    NOT NULL,
+    model          TEXT    NOT NULL DEFAULT 'auto',
+    created_at     TEXT    NOT NULL,     -- ISO 8601 UTC, first creation; survives an upsert
+    updated_at     TEXT    NOT NULL,     -- ISO 8601 UTC, last upsert
+    PRIMARY KEY (user_id, thread_id)
+);
+CREATE TABLE IF NOT EXISTS session_facts (
+    session_id TEXT PRIMARY KEY,
+    ended      INTEGER NOT NULL DEFAULT 0,   -- a turn of it has ended, so that it has a history to lose
+    taught     INTEGER NOT NULL DEFAULT 0    -- it knows the tags that this bot understands
+);
+CREATE TABLE IF NOT EXISTS inbox (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of arrival
+    update_id  INTEGER NOT NULL UNIQUE,
+    user_id    INTEGER NOT NULL,
+    thread_id  INTEGER NOT NULL,
+    message_id INTEGER NOT NULL,
+    body       TEXT    NOT NULL,                    -- the update as JSON
+    state      TEXT    NOT NULL DEFAULT 'waiting',
+    turn_id    INTEGER,
+    changed_at TEXT    NOT NULL
+);
+CREATE INDEX IF NOT EXISTS inbox_by_turn ON inbox (turn_id);
+CREATE INDEX IF NOT EXISTS inbox_by_state ON inbox (state);
+CREATE TABLE IF NOT EXISTS turns (
+    turn_id   INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id   INTEGER NOT NULL,
+    thread_id INTEGER NOT NULL,
+    partial   TEXT    NOT NULL DEFAULT '',          -- what Kiro had said when the bot was stopped
+    offer     INTEGER NOT NULL DEFAULT 0            -- once sent, it is offered rather than done
+);
+CREATE TABLE IF NOT EXISTS parts (
+    turn_id  INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    body     TEXT    NOT NULL,
+    PRIMARY KEY (turn_id, position)
+);
+"""
+GET_SESSION = "SELECT user_id, thread_id, session_id, workspace_path, model FROM sessions WHERE user_id = ? AND thread_id = ?"
+UPSERT_SESSION = """
+INSERT INTO sessions (user_id, thread_id, session_id, workspace_path, model, created_at, updated_at)
+VALUES (:user, :thread, :session, :path, 'auto', :now, :now)
+ON CONFLICT (user_id, thread_id) DO UPDATE SET
+    session_id = :session, workspace_path = :path, model = 'auto', updated_at = :now
+"""
+SET_MODEL = "UPDATE sessions SET model = ? WHERE user_id = ? AND thread_id = ?"
+DELETE_SESSION = "DELETE FROM sessions WHERE user_id = ? AND thread_id = ?"
+COUNT_SESSIONS = "SELECT count(*) FROM sessions"
+SESSION_IDS = "SELECT session_id FROM sessions"
+
+GET_FACTS = "SELECT ended, taught FROM session_facts WHERE session_id = ?"
+SET_FACTS = "INSERT OR REPLACE INTO session_facts (session_id, ended, taught) VALUES (?, ?, ?)"
+PURGE_FACTS = "DELETE FROM session_facts WHERE session_id NOT IN (SELECT session_id FROM sessions)"
+
+RECEIVE = """
+INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)
+"""
+EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ? AND state = 'waiting'"
+MESSAGES = "SELECT update_id, user_id, thread_id, message_id, body FROM inbox"
+WAITING = MESSAGES + " WHERE state = 'waiting' ORDER BY id"
+OF_TURN = MESSAGES + " WHERE turn_id = ? ORDER BY id"
+NEW_TURN = "INSERT INTO turns (user_id, thread_id) VALUES (?, ?)"
+JOIN_TURN = "UPDATE inbox SET turn_id = ?, state = 'begun', changed_at = ? WHERE update_id = ?"
+TURN_STATE = "UPDATE inbox SET state = ?, changed_at = ? WHERE turn_id = ?"
+MESSAGE_DONE = "UPDATE inbox SET state = 'done', changed_at = ? WHERE update_id = ?"
+UNFINISHED = """
+SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial FROM turns JOIN inbox USING (turn_id)
+WHERE inbox.state IN ('begun', 'answered') GROUP BY turns.turn_id ORDER BY turns.turn_id
+"""
+KEEP_PARTIAL = "UPDATE turns SET partial = ? WHERE turn_id = ?"
+SET_OFFER = "UPDATE turns SET offer = ? WHERE turn_id = ?"
+GET_OFFER = "SELECT offer FROM turns WHERE turn_id = ?"
+ADD_PART = "INSERT INTO parts (turn_id, position, body) VALUES (?, ?, ?)"
+PARTS = "SELECT position, body FROM parts WHERE turn_id = ? ORDER BY position"
+DELETE_PART = "DELETE FROM parts WHERE turn_id = ? AND position = ?"
+DELETE_PARTS = "DELETE FROM parts WHERE turn_id = ?"
+ASK_AGAIN = """
+UPDATE inbox SET state = 'waiting', turn_id = NULL, changed_at = ?
+WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')
+"""
+DROP = "UPDATE inbox SET state = 'done', changed_at = ? WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')"
+PURGE_INBOX = "DELETE FROM inbox WHERE state = 'done' AND changed_at < ?"
+PURGE_TURNS = "DELETE FROM turns WHERE turn_id NOT IN (SELECT turn_id FROM inbox WHERE turn_id IS NOT NULL)"
+PURGE_PARTS = "DELETE FROM parts WHERE turn_id NOT IN (SELECT turn_id FROM turns)"
+
+KEEP_DONE = timedelta(days=2)   # Telegram redelivers an update for 24 hours at most
+PART_SPACING = 1000             # room between two parts, for the pieces of one that had to be cut smaller
+BUSY_SECONDS = 10               # how long to wait for another process (the console, a backup) to let go of the file
+
+
+class StoreError(Exception):
+    """The database could not be read or written; the text says why, in SQLite's words."""
+
+
+class SessionRecord(NamedTuple):
+    """A topic's session, as the table has it."""
+    user_id: int              # Telegram user
+    thread_id: int            # Telegram message_thread_id, 0 outside any topic
+    session_id: str           # Kiro's, from session/new
+    workspace_path: str       # absolute
+    model: str = "auto"
+
+
+class InboxMessage(NamedTuple):
+    """A message as the journal has it."""
+    update_id: int            # Telegram's
+    user_id: int
+    thread_id: int
+    message_id: int           # Telegram's, within the chat
+    body: str                 # the update as JSON
+
+
+class UnfinishedTurn(NamedTuple):
+    """A turn that a former run of the bot has left behind."""
+    turn_id: int
+    user_id: int
+    thread_id: int
+    state: str                # "begun" or "answered"
+    partial: str              # what Kiro had said, if that was kept
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC."""
+    return datetime.now(timezone.utc).isoformat()
+
+
+class SessionStore:
+    """The database file at `db_path`, made when it is missing; a context manager.  Raises StoreError."""
+
+    def __init__(self, db_path: str) -> None:
+        self._lock = threading.Lock()   # held for one transaction
+        if db_path != ":memory:":
+            _make_private(db_path)
+        try:
+            self._connection = sqlite3.connect(db_path, timeout=BUSY_SECONDS, check_same_thread=False)
+            self._connection.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise StoreError(str(error)) from error
+
+    def __enter__(self) -> "SessionStore":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file.  Later calls raise StoreError."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The one place that touches the connection: all of the block is committed, or none."""
+        with self._lock:
+            try:
+                with self._connection:
+                    yield self._connection
+            except sqlite3.Error as error:
+                raise StoreError(str(error)) from error
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def get_session(self, user_id: int, thread_id: int) -> Optional[SessionRecord]:
+        """Return the thread's session, or None."""
+        with self._transaction() as db:
+            row = db.execute(GET_SESSION, (user_id, thread_id)).fetchone()
+        return SessionRecord(*row) if row else None
+
+    def upsert_session(self, user_id: int, thread_id: int, session_id: str, workspace_path: str) -> None:
+        """Give the thread this session; a new session starts at model `auto`."""
+        row = {"user": user_id, "thread": thread_id, "session": session_id, "path": workspace_path, "now": utc_now()}
+        with self._transaction() as db:
+            db.execute(UPSERT_SESSION, row)
+
+    def set_model(self, user_id: int, thread_id: int, model: str) -> None:
+        """Choose the thread's model; nothing happens without a row."""
+        with self._transaction() as db:
+            db.execute(SET_MODEL, (model, user_id, thread_id))
+
+    def get_model(self, user_id: int, thread_id: int) -> str:
+        """Return the thread's model, `auto` without a row."""
+        record = self.get_session(user_id, thread_id)
+        return record.model if record else "auto"
+
+    def delete_session(self, user_id: int, thread_id: int) -> None:
+        """Forget the thread's session."""
+        with self._transaction() as db:
+            db.execute(DELETE_SESSION, (user_id, thread_id))
+
+    def count_sessions(self) -> int:
+        """Return how many threads have a session."""
+        with self._transaction() as db:
+            return db.execute(COUNT_SESSIONS).fetchone()[0]
+
+    def session_ids(self) -> "list[str]":
+        """Return Kiro's ids of all sessions."""
+        with self._transaction() as db:
+            return [session_id for session_id, in db.execute(SESSION_IDS)]
+
+    def get_facts(self, session_id: str) -> "tuple[bool, bool]":
+        """Return (ended, taught): has a turn of this session ended, does Kiro know the bot's tags in it."""
+        with self._transaction() as db:
+            row = db.execute(GET_FACTS, (session_id,)).fetchone()
+        return (bool(row[0]), bool(row[1])) if row else (False, False)
+
+    def set_facts(self, session_id: str, ended: bool, taught: bool) -> None:
+        """Remember both facts of `get_facts`."""
+        with self._transaction() as db:
+            db.execute(SET_FACTS, (session_id, ended, taught))
+
+    # -- inbox ---------------------------------------------------------------------------------------------------------
+
+    def receive(self, messages: Iterable[InboxMessage], edits: Iterable[InboxMessage] = ()) -> "set[int]":
+        """Journal a batch in one transaction; return the update_ids that were not known before.
+
+        An edit replaces the body of its message while that waits; a later one changes nothing here.
+        """
+        new, now = set(), utc_now()
+        with self._transaction() as db:
+            for message in messages:
+                if db.execute(RECEIVE, (*message, now)).rowcount:
+                    new.add(message.update_id)
+            for edit in edits:
+                db.execute(EDIT, (edit.body, edit.user_id, edit.message_id))
+        return new
+
+    def waiting(self) -> "list[InboxMessage]":
+        """Return the messages that no turn has begun, in order of arrival."""
+        with self._transaction() as db:
+            return [InboxMessage(*row) for row in db.execute(WAITING)]
+
+    def done(self, update_id: int) -> None:
+        """A message that needed no turn has been answered."""
+        with self._transaction() as db:
+            db.execute(MESSAGE_DONE, (utc_now(), update_id))
+
+    def begin(self, user_id: int, thread_id: int, update_ids: Iterable[int]) -> int:
+        """Open a turn with these messages; return its turn_id."""
+        now = utc_now()
+        with self._transaction() as db:
+            turn_id = db.execute(NEW_TURN, (user_id, thread_id)).lastrowid
+            db.executemany(JOIN_TURN, [(turn_id, now, update_id) for update_id in update_ids])
+        return turn_id
+
+    def keep_partial(self, turn_id: int, text: str) -> None:
+        """Keep what Kiro has said so far in a turn that is being cut off."""
+        with self._transaction() as db:
+            db.execute(KEEP_PARTIAL, (text, turn_id))
+
+    def answer(self, turn_id: int, bodies: Iterable[str], offer: bool = False) -> None:
+        """The turn has ended with these parts; with `offer` it can be asked again once they are sent."""
+        rows = [(turn_id, (n + 1) * PART_SPACING, body) for n, body in enumerate(bodies)]
+        with self._transaction() as db:
+            db.execute(DELETE_PARTS, (turn_id,))
+            db.executemany(ADD_PART, rows)
+            db.execute(SET_OFFER, (offer, turn_id))
+            db.execute(TURN_STATE, ("answered", utc_now(), turn_id))
+
+    def parts(self, turn_id: int) -> "list[tuple[int, str]]":
+        """Return (position, body) of the parts that Telegram has not confirmed, in order."""
+        with self._transaction() as db:
+            return db.execute(PARTS, (turn_id,)).fetchall()
+
+    def replace_part(self, turn_id: int, position: int, bodies: Iterable[str]) -> None:
+        """Put several parts (at most PART_SPACING) in the place of one."""
+        with self._transaction() as db:
+            db.execute(DELETE_PART, (turn_id, position))
+            db.executemany(ADD_PART, [(turn_id, position + n, body) for n, body in enumerate(bodies)])
+
+    def tick(self, turn_id: int, position: int) -> None:
+        """Telegram has confirmed this part."""
+        with self._transaction() as db:
+            db.execute(DELETE_PART, (turn_id, position))
+
+    def finish(self, turn_id: int) -> None:
+        """All parts of the answer are sent: the turn is done, or offered when that was asked for."""
+        with self._transaction() as db:
+            offer = db.execute(GET_OFFER, (turn_id,)).fetchone()
+            db.execute(TURN_STATE, ("offered" if offer and offer[0] else "done", utc_now(), turn_id))
+
+    def offered(self, turn_id: int) -> None:
+        """The topic has the buttons that offer this turn again."""
+        with self._transaction() as db:
+            db.execute(TURN_STATE, ("offered", utc_now(), turn_id))
+
+    def ask_again(self, turn_id: int) -> "list[InboxMessage]":
+        """Make a turn's messages wait again; return them, none when that was done before or they were dropped."""
+        with self._transaction() as db:
+            messages = [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
+            changed = db.execute(ASK_AGAIN, (utc_now(), turn_id)).rowcount
+            db.execute(DELETE_PARTS, (turn_id,))
+        return messages if changed else []
+
+    def drop(self, turn_id: int) -> bool:
+        """Give an offered turn up; return False when there was nothing to give up."""
+        with self._transaction() as db:
+            return bool(db.execute(DROP, (utc_now(), turn_id)).rowcount)
+
+    def messages_of(self, turn_id: int) -> "list[InboxMessage]":
+        """Return the messages of a turn, in order of arrival."""
+        with self._transaction() as db:
+            return [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
+
+    def unfinished(self) -> "list[UnfinishedTurn]":
+        """Return the turns that are begun or answered, oldest first."""
+        with self._transaction() as db:
+            return [UnfinishedTurn(*row) for row in db.execute(UNFINISHED)]
+
+    def purge(self) -> None:
+        """Forget what was done two days ago, and what belongs to nothing any more."""
+        old = (datetime.now(timezone.utc) - KEEP_DONE).isoformat()
+        with self._transaction() as db:
+            db.execute(PURGE_INBOX, (old,))
+            db.execute(PURGE_TURNS)
+            db.execute(PURGE_PARTS)
+            db.execute(PURGE_FACTS)
+
+
+def _make_private(path: str) -> None:
+    """Make the file readable by its owner only, before anything is in it; an existing one is left alone."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StoreError(error.strerror) from error

@@ -1,0 +1,2504 @@
+"""The tests of bot.py and sessions.py, and what they need to run without Telegram and without Kiro.
+
+    pytest test_sessions.py            the tests: `python bot.py` as a process between two stand-ins
+    python test_sessions.py            the stand-in Kiro: an ACP agent on stdin and stdout, whatever its arguments
+    python test_sessions.py bench      measures the bot between the stand-ins
+
+From top to bottom: the stand-in Kiro, the stand-in Telegram, the harness that runs the bot between the two,
+the benchmark, the tests. Both stand-ins are strict: they refuse what the real ones refuse, and note as a
+*violation* what the bot should never do, so that a mistake shows here first.
+
+Words: a *directive* is a line of a prompt that starts with `!` and tells the stand-in Kiro what to do in this
+turn; a *habit* is a way in which it misbehaves whatever the prompt says; a *gate* is a file that a turn waits
+for; the *wire* is the record of all frames that any stand-in Kiro got or sent; the *control folder* (its path
+is in KIRO_STAND_IN) holds habits, gates and the wire.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Kiro: the wire
+#
+# Up to "The stand-in Telegram" everything here also runs as a program, hundreds of times in one test run:
+# only cheap imports, the others where they are needed.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """A request that is answered with a JSON-RPC error."""
+
+    def __init__(self, code, message, data=None):
+        super().__init__(message)
+        self.error = {"code": code, "message": message}
+        if data is not None:
+            self.error["data"] = data
+
+
+class Violation(Refusal):
+    """A refusal of what no client should ever send."""
+
+    def __init__(self, complaint):
+        super().__init__(-32602, "Invalid params", complaint)
+
+
+def internal_error(data):
+    """Kiro's usual error: the text for people is in `data`."""
+    return Refusal(-32603, "Internal error", data)
+
+
+LONGEST_NOTED = 2000  # characters of one string; a prompt may carry images of megabytes
+
+
+def shortened(value):
+    """`value` for the record, its long strings cut."""
+    if isinstance(value, str) and len(value) > LONGEST_NOTED:
+        return f"{value[:LONGEST_NOTED]}… ({len(value)} characters)"
+    if isinstance(value, dict):
+        return {key: shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    return value
+
+
+class Wire:
+    """Standard output as NDJSON, and the record of all frames in `wire.jsonl` of the control folder."""
+
+    def __init__(self, control):
+        self.writing = threading.Lock()
+        self.record = None
+        if control:
+            path = os.path.join(control, "wire.jsonl")
+            self.record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def send(self, frame):
+        frame = {"jsonrpc": "2.0", **frame}
+        self.note("out", frame)
+        self.write_line(json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode())
+
+    def write_line(self, line):
+        rest = line + b"\n"
+        try:
+            with self.writing:
+                while rest:
+                    rest = rest[os.write(1, rest):]
+        except OSError:  # nobody reads any more; the end of stdin will end the process
+            pass
+
+    def note(self, direction, frame):
+        """Append one line to the record, in one write, because other processes append too."""
+        if self.record is not None:
+            entry = {"pid": os.getpid(), "t": time.monotonic(), "dir": direction, "frame": shortened(frame)}
+            os.write(self.record, json.dumps(entry).encode() + b"\n")
+
+
+class Habits:
+    """`habits.json` of the control folder: read at the start and again when a prompt arrives.
+
+    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, set_mode, prompt,
+    cancel) and is then a mishap or a list of mishaps, or it is one of:
+
+        two_processes      true: the agent is a child of the process that was started, as with `kiro-cli`
+        ignore_stdin_end   true        ignore_term        true        slow_exit   seconds until the lock is freed
+        unknown_session    "error" (default), "exit", "hang" or "accept" at session/load
+        stale_lock         "stays" (default) or "freed" when the pid in a lock is dead
+        replay             "before" (default) or "after" the response to session/load
+        auth_methods       a list     image   false: not in promptCapabilities     load_session   false
+        dialect            "models" (default), "config", "grouped", "both" or "none": how models are told
+        models             a list of ids      unknown_model   "error" (default) or "accept"
+        forget_model       true: session/load reports `auto`      agent_not_found   true: says so
+        permission_ids     "hyphens": allow-once           refusal   "cancelled": a refused tool ends the turn
+
+    A mishap is an object with any of `delay` (seconds), `gate` (name), `stderr` (text), `junk` (true),
+    `big_line` (kB), `kill` (true), `exit` (code), `error` (code, with `message` and `data`), `hang` (true: no
+    answer), `deaf` (true: nothing is read from stdin after this step), `stop_reason` (for cancel) and `times`
+    (only so often, over all processes).
+    """
+
+    def __init__(self, control):
+        self.control = control
+        self.switched_on = {}
+        self.read()
+
+    def read(self):
+        try:
+            with open(os.path.join(self.control or "", "habits.json"), "rb") as file:
+                self.switched_on = json.load(file) if self.control else {}
+        except FileNotFoundError:
+            self.switched_on = {}
+
+    def get(self, name, default=None):
+        return self.switched_on.get(name, default)
+
+    def mishaps(self, step):
+        """The mishaps that are due at `step` this time."""
+        listed = self.get(step, [])
+        listed = listed if isinstance(listed, list) else [listed]
+        return [mishap for number, mishap in enumerate(listed) if self.due(f"{step}.{number}", mishap)]
+
+    def due(self, name, mishap):
+        times = mishap.get("times")
+        return times is None or any(self.claim(f"{name}.{time_}") for time_ in range(times))
+
+    def claim(self, name):
+        """True for the first process that asks."""
+        try:
+            os.close(os.open(os.path.join(self.control, f"claimed.{name}"), os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            return False
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Kiro: sessions and their files
+# ---------------------------------------------------------------------------------------------------------
+
+
+def new_id():
+    """A random UUID (the uuid module would cost a third of the start-up)."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+def now():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def sessions_folder():
+    """Where sessions are kept: as Kiro does, but a mere demonstration stays away from Kiro's own folder."""
+    home = os.environ.get("KIRO_HOME")
+    if not home and "KIRO_STAND_IN" in os.environ:
+        home = os.path.expanduser("~/.kiro")
+    if not home:
+        import tempfile
+        home = os.path.join(tempfile.gettempdir(), f"kiro-stand-in-{os.getuid()}")
+    folder = os.path.join(home, "sessions", "cli")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+
+class Session:
+    """One conversation on disk: ID.json (its settings), ID.jsonl (its ended turns), ID.lock (who has it)."""
+
+    def __init__(self, folder, session_id):
+        self.id = session_id
+        self.base = os.path.join(folder, session_id)
+        self.settings = {}
+        self.turn = None  # the running one
+
+    def exists(self):
+        return os.path.exists(self.base + ".json")
+
+    def create(self, cwd):
+        self.settings = {"session_id": self.id, "cwd": cwd, "created_at": now(),
+                         "model": "auto", "mode": "kiro_default", "context": 1.5, "allowed": []}
+        self.save()
+        open(self.base + ".jsonl", "a").close()
+
+    def open(self):
+        with open(self.base + ".json", "rb") as file:
+            self.settings = json.load(file)
+
+    def save(self):
+        with open(self.base + ".new", "w") as file:
+            json.dump(self.settings, file)
+        os.replace(self.base + ".new", self.base + ".json")
+
+    def history(self):
+        """The updates of all ended turns, as they are replayed."""
+        try:
+            with open(self.base + ".jsonl", "rb") as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+    def remember(self, updates):
+        with open(self.base + ".jsonl", "a") as file:
+            file.writelines(json.dumps(update) + "\n" for update in updates)
+
+    def lock(self, free_stale):
+        """Take the session for this process; a lock outlives its process unless that ended cleanly."""
+        try:
+            lock = os.open(self.base + ".lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            return self.take_over(free_stale)
+        os.write(lock, json.dumps({"pid": os.getpid(), "started_at": now()}).encode())
+        os.close(lock)
+
+    def take_over(self, free_stale):
+        holder = self.lock_holder()
+        if holder == os.getpid():
+            return
+        if not free_stale or alive(holder):
+            raise internal_error(f"Failed to start session: Session is active in another process (PID {holder})")
+        self.unlock()
+        self.lock(free_stale)
+
+    def lock_holder(self):
+        try:
+            with open(self.base + ".lock", "rb") as file:
+                return json.load(file)["pid"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def unlock(self):
+        try:
+            os.unlink(self.base + ".lock")
+        except FileNotFoundError:
+            pass
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Kiro: the agent
+# ---------------------------------------------------------------------------------------------------------
+
+MODELS = ["auto", "claude-sonnet-4.5", "claude-sonnet-4", "claude-haiku-4.5", "qwen3-coder-next"]
+MODES = ["kiro_default", "kiro_planner"]
+
+
+def field(params, name, kind):
+    """The parameter `name`, which must be there and of that type."""
+    if not isinstance(params, dict):
+        raise Violation("params: not an object")
+    if type(params.get(name)) is not kind:
+        raise Violation(f"{name}: missing or not of type {kind.__name__}")
+    return params[name]
+
+
+def text_block(text):
+    return {"type": "text", "text": text}
+
+
+def hand_over():
+    """Go on as a child, as `kiro-cli` does; this process only waits for it, and passes no signal on."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
+
+
+class Reply:
+    """The client's answer to a request of ours, once it is there."""
+
+    def __init__(self):
+        self.arrived = threading.Event()
+        self.frame = None
+
+
+class Agent:
+    """The stand-in as a process: reads frames on the main thread, each request is answered on its own."""
+
+    def __init__(self):
+        self.control = os.environ.get("KIRO_STAND_IN")
+        self.habits = Habits(self.control)
+        if self.habits.get("two_processes"):
+            hand_over()
+        self.wire = Wire(self.control)
+        self.folder = sessions_folder()
+        self.sessions = {}  # session id -> Session, those that this process holds
+        self.replies = {}  # id of a request of ours -> Reply
+        self.initialized = False
+
+    # -- life
+
+    def run(self):
+        signal.signal(signal.SIGTERM, self.terminate)
+        self.wire.note("start", {"argv": sys.argv, "cwd": os.getcwd(), "environment": dict(os.environ)})
+        mishaps = self.habits.mishaps("start")
+        if self.suffer(mishaps):
+            self.stay()
+        for line in sys.stdin.buffer:
+            if self.receive(line):
+                self.stay()
+        if self.habits.get("ignore_stdin_end"):
+            self.stay()
+        time.sleep(self.habits.get("slow_exit", 0))
+        self.leave(0)
+
+    def stay(self):
+        """Neither read nor end; only signals are heard."""
+        while True:
+            signal.pause()
+
+    def terminate(self, *_):
+        if not self.habits.get("ignore_term"):
+            self.leave(0)
+
+    def leave(self, code, clean=True):
+        """End the process; only a clean end removes the locks."""
+        for session in self.sessions.values() if clean else ():
+            session.unlock()
+        self.wire.note("exit", {"code": code})
+        os._exit(code)
+
+    def suffer(self, mishaps, pause=time.sleep):
+        """Live through the mishaps of one step; True when the step is to have no answer."""
+        for mishap in mishaps:
+            pause(mishap.get("delay", 0))
+            if "gate" in mishap:
+                self.wait_for_gate(mishap["gate"], pause)
+            if "stderr" in mishap:
+                os.write(2, mishap["stderr"].encode() + b"\n")
+            if "junk" in mishap:
+                self.send_junk()
+            if "big_line" in mishap:
+                padding = "x" * (mishap["big_line"] * 1024)
+                self.notify("_kiro.dev/commands/available", commands=[{"name": "/x", "description": padding}])
+            if "kill" in mishap:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "exit" in mishap:
+                self.leave(mishap["exit"], clean=False)
+            if "error" in mishap:
+                raise Refusal(mishap["error"], mishap.get("message", "Internal error"), mishap.get("data"))
+        return any("hang" in mishap for mishap in mishaps)
+
+    def wait_for_gate(self, name, pause=time.sleep):
+        while not os.path.exists(os.path.join(self.control or "", name)):
+            pause(0.005)
+
+    # -- frames in
+
+    def receive(self, line):
+        """Take one line of stdin; True when no other is to be read."""
+        try:
+            frame = json.loads(line)
+        except ValueError:
+            self.wire.note("violation", "a line that is no JSON: " + repr(line[:200]))
+            return self.wire.send({"error": {"code": -32700, "message": "Parse error"}})
+        self.wire.note("in", frame)
+        if not isinstance(frame, dict) or frame.get("jsonrpc") != "2.0":
+            return self.wire.note("violation", "a frame that is no JSON-RPC 2.0 object")
+        if "method" not in frame:
+            return self.take_reply(frame)
+        if "id" not in frame:
+            return self.take_notification(frame)
+        return self.take_request(frame)
+
+    def take_reply(self, frame):
+        reply = self.replies.pop(frame.get("id"), None)
+        if reply is None:
+            return self.wire.note("violation", f"a response to a request that was not made: {frame.get('id')}")
+        if ("result" in frame) == ("error" in frame):
+            self.wire.note("violation", "a response with both or none of result and error")
+        reply.frame = frame
+        reply.arrived.set()
+
+    def take_notification(self, frame):
+        params = frame.get("params") or {}
+        session = self.sessions.get(params.get("sessionId"))
+        if frame["method"] != "session/cancel" or session is None:
+            return self.wire.note("violation", f"{frame['method']}: unknown notification or session")
+        mishaps = self.habits.mishaps("cancel")
+        turn = session.turn
+        if turn and not any("hang" in mishap for mishap in mishaps):
+            delay = sum(mishap.get("delay", 0) for mishap in mishaps)
+            reason = next((mishap["stop_reason"] for mishap in mishaps if "stop_reason" in mishap), "cancelled")
+            threading.Timer(delay, turn.cancel, [reason]).start() if delay else turn.cancel(reason)
+
+    def take_request(self, frame):
+        """Start the answer; a prompt's turn is known at once, so that a cancel right behind it finds it."""
+        step = frame["method"].rpartition("/")[2]
+        if step == "prompt":
+            self.habits.read()
+        mishaps = self.habits.mishaps(step)
+        work = self.answer
+        try:
+            if frame["method"] == "session/prompt":
+                work = self.begin_turn(frame)
+        except Refusal as refusal:
+            return self.refuse(frame["id"], refusal)
+        threading.Thread(target=work, args=(frame, mishaps), daemon=True).start()
+        return any("deaf" in mishap for mishap in mishaps)
+
+    def begin_turn(self, frame):
+        params = frame.get("params")
+        session = self.session(params)
+        check_prompt(field(params, "prompt", list), self.habits.get("image", True))
+        if session.turn:
+            raise Violation("Prompt already in progress")
+        session.turn = Turn(self, session, frame["id"], params["prompt"])
+        return session.turn.run
+
+    # -- frames out
+
+    def answer(self, frame, mishaps):
+        """Answer any request but a prompt."""
+        respond = self.METHODS.get(frame["method"])
+        try:
+            if respond is None:
+                raise Refusal(-32601, "Method not found", frame["method"])
+            if not self.initialized and respond is not Agent.initialize:
+                raise Violation(f"{frame['method']} before initialize was answered")
+            if not self.suffer(mishaps):
+                respond(self, frame["id"], frame.get("params"))
+        except Refusal as refusal:
+            self.refuse(frame["id"], refusal)
+
+    def refuse(self, request_id, refusal):
+        if isinstance(refusal, Violation):
+            self.wire.note("violation", refusal.error["data"])
+        self.wire.send({"error": refusal.error, "id": request_id})
+
+    def respond(self, request_id, result):
+        self.wire.send({"result": result, "id": request_id})
+
+    def notify(self, method, **params):
+        self.wire.send({"method": method, "params": params})
+
+    def update(self, session_id, update):
+        self.notify("session/update", sessionId=session_id, update=update)
+
+    def ask(self, method, params):
+        """Send the client a request; the Reply to come."""
+        request_id = new_id()
+        reply = self.replies[request_id] = Reply()
+        self.wire.send({"method": method, "params": params, "id": request_id})
+        return reply
+
+    def send_junk(self):
+        for line in JUNK:
+            self.wire.write_line(line)
+
+    # -- the methods
+
+    def initialize(self, request_id, params):
+        field(params, "protocolVersion", int)
+        prompts = {"image": self.habits.get("image", True), "audio": False, "embeddedContext": False}
+        self.initialized = True
+        self.respond(request_id, {
+            "protocolVersion": 1,
+            "agentCapabilities": {
+                "loadSession": self.habits.get("load_session", True),
+                "promptCapabilities": prompts,
+                "mcpCapabilities": {"http": True, "sse": False},
+                "sessionCapabilities": {},
+                "auth": {},
+            },
+            "authMethods": self.habits.get("auth_methods", []),
+            "agentInfo": {"name": "Kiro CLI Agent", "title": "Stand-in for the Kiro CLI Agent", "version": "2.19.0"},
+        })
+
+    def session_new(self, request_id, params):
+        cwd = self.checked_cwd(params)
+        session = Session(self.folder, new_id())
+        self.hold(session)
+        session.create(cwd)
+        self.notify("_kiro.dev/subagent/list_update", subagents=[], pendingStages=[])
+        self.respond(request_id, {"sessionId": session.id, **self.described(session)})
+        self.announce(session)
+
+    def session_load(self, request_id, params):
+        if not self.habits.get("load_session", True):
+            raise Refusal(-32601, "Method not found", "session/load")
+        session = Session(self.folder, field(params, "sessionId", str))
+        cwd = self.checked_cwd(params)
+        if not session.exists() and not self.make_up(session, cwd):
+            return
+        self.hold(session)
+        session.open()
+        if self.habits.get("forget_model") or session.settings["model"] not in self.models():
+            session.settings["model"] = "auto"
+        self.notify("_kiro.dev/subagent/list_update", subagents=[], pendingStages=[])
+        late = self.habits.get("replay") == "after"
+        if not late:
+            self.replay(session)
+        self.respond(request_id, self.described(session))
+        if late:
+            self.replay(session)
+        self.announce(session)
+
+    def make_up(self, session, cwd):
+        """A session that is to be loaded but isn't there: True when the load goes on all the same."""
+        way = self.habits.get("unknown_session", "error")
+        if way == "error":
+            raise internal_error(f"Failed to load session: no session with id {session.id}")
+        if way == "exit":
+            self.leave(0)
+        if way == "accept":
+            session.create(cwd)
+        return way == "accept"
+
+    def session_set_model(self, request_id, params):
+        session = self.session(params)
+        if self.habits.get("dialect", "models") not in ("models", "both"):
+            raise Refusal(-32601, "Method not found", "session/set_model")
+        self.choose_model(session, field(params, "modelId", str))
+        self.respond(request_id, {})
+
+    def session_set_config_option(self, request_id, params):
+        if self.habits.get("dialect", "models") not in ("config", "grouped", "both"):
+            raise Refusal(-32601, "Method not found", "session/set_config_option")
+        session = self.session(params)
+        if field(params, "configId", str) != "llm":
+            raise internal_error(f"Unknown config option {params['configId']}")
+        self.choose_model(session, field(params, "value", str))
+        self.respond(request_id, {"configOptions": self.config_options(session)})
+
+    def session_set_mode(self, request_id, params):
+        session = self.session(params)
+        mode = field(params, "modeId", str)
+        if mode not in MODES:
+            raise internal_error(f"Mode '{mode}' not found")
+        session.settings["mode"] = mode
+        session.save()
+        self.respond(request_id, {})
+
+    METHODS = {
+        "initialize": initialize,
+        "session/new": session_new,
+        "session/load": session_load,
+        "session/set_model": session_set_model,
+        "session/set_config_option": session_set_config_option,
+        "session/set_mode": session_set_mode,
+    }
+
+    # -- what they share
+
+    def session(self, params):
+        session_id = field(params, "sessionId", str)
+        if session_id not in self.sessions:
+            raise Violation(f"session {session_id} is not open in this process")
+        return self.sessions[session_id]
+
+    def checked_cwd(self, params):
+        cwd = field(params, "cwd", str)
+        if not os.path.isabs(cwd) or not os.path.isdir(cwd):
+            raise Violation(f"cwd: not an absolute path of an existing folder: {cwd}")
+        field(params, "mcpServers", list)
+        return cwd
+
+    def hold(self, session):
+        session.lock(free_stale=self.habits.get("stale_lock") == "freed")
+        self.sessions[session.id] = session
+
+    def replay(self, session):
+        for update in session.history():
+            self.update(session.id, update)
+
+    def announce(self, session):
+        """What Kiro tells after session/new and session/load."""
+        self.notify("_kiro.dev/commands/available", sessionId=session.id,
+                    commands=[{"name": "/compact", "description": "Summarize the conversation"}])
+        if self.habits.get("agent_not_found"):
+            self.notify("_kiro.dev/agent/not_found", sessionId=session.id,
+                        requestedAgent="missing", fallbackAgent="kiro_default")
+        self.metadata(session)
+
+    def metadata(self, session, **more):
+        self.notify("_kiro.dev/metadata", sessionId=session.id,
+                    contextUsagePercentage=session.settings["context"], **more)
+
+    def models(self):
+        return self.habits.get("models", MODELS)
+
+    def choose_model(self, session, model):
+        if model not in self.models() and self.habits.get("unknown_model") != "accept":
+            raise internal_error(f"The model '{model}' is not available")
+        session.settings["model"] = model
+        session.save()
+
+    def described(self, session):
+        """The modes and models that a session has, in the dialect that is spoken."""
+        dialect = self.habits.get("dialect", "models")
+        modes = [{"id": mode, "name": mode, "description": f"The agent {mode}"} for mode in MODES]
+        told = {"modes": {"currentModeId": session.settings["mode"], "availableModes": modes}}
+        if dialect in ("models", "both"):
+            models = [{"modelId": model, "name": model, "description": f"About {model}"} for model in self.models()]
+            told["models"] = {"currentModelId": session.settings["model"], "availableModels": models}
+        if dialect in ("config", "grouped", "both"):
+            told["configOptions"] = self.config_options(session)
+        return told
+
+    def config_options(self, session):
+        """The model under an id of its own among other options: only its category tells what it is."""
+        models = [{"value": model, "name": model.title()} for model in self.models()]
+        if self.habits.get("dialect") == "grouped":
+            models = [{"group": "first", "name": "First", "options": models[:2]},
+                      {"group": "more", "name": "More", "options": models[2:]}]
+        modes = [{"value": mode, "name": mode} for mode in MODES]
+        return [
+            {"id": "model", "name": "Agent", "category": "mode", "type": "select",
+             "currentValue": session.settings["mode"], "options": modes},
+            {"id": "autopilot", "name": "Autopilot", "type": "boolean", "currentValue": False},
+            {"id": "llm", "name": "Model", "category": "model", "type": "select",
+             "currentValue": session.settings["model"], "options": models},
+        ]
+
+
+def check_prompt(blocks, images_taken):
+    """Refuse a prompt whose blocks Kiro could not read."""
+    if not blocks:
+        raise Violation("prompt: empty")
+    for block in blocks:
+        kind = field(block, "type", str)
+        if kind == "text":
+            field(block, "text", str)
+        elif kind == "resource_link":
+            field(block, "uri", str), field(block, "name", str)
+        elif kind == "image" and images_taken:
+            check_image(block)
+        else:
+            raise Violation(f"prompt: a block of type {kind} is not taken")
+
+
+def check_image(block):
+    import base64
+    if field(block, "mimeType", str) not in ("image/png", "image/jpeg", "image/gif", "image/webp"):
+        raise Violation(f"prompt: an image of type {block['mimeType']}")
+    try:
+        base64.b64decode(field(block, "data", str), validate=True)
+    except ValueError:
+        raise Violation("prompt: an image that is not base64") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Kiro: turns
+# ---------------------------------------------------------------------------------------------------------
+
+JUNK = [
+    b"Loading tools...", b"", b"   ", b"{", b"[1, 2]", b"17", b"null", b'"text"', b"\xff\xfe", b"{}",
+    b'{"jsonrpc":"2.0"}',
+    b'{"jsonrpc":"2.0","result":{},"id":987654}',
+    b'{"jsonrpc":"2.0","result":{},"id":"no-such-request"}',
+    b'{"jsonrpc":"2.0","error":{"code":-32603,"message":"no id"}}',
+    b'{"jsonrpc":"2.0","method":"session/update"}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":null}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":[]}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":{"sessionId":7,"update":null}}',
+    b'{"jsonrpc":"2.0","method":"_kiro.dev/metadata","params":null}',
+    b'{"jsonrpc":"2.0","method":"_kiro.dev/no/such/notification","params":{"x":1}}',
+    b'{"jsonrpc":"2.0","method":17,"params":{}}',
+]
+
+SAMPLE = """\
+## A table
+
+| name | what it is |
+|:-----|-----------:|
+| turn | one prompt and its answer |
+| draft | what is shown while it grows |
+
+Some **bold** and *italic* text, `code`, and a list:
+
+- one
+- two
+
+```python
+def answer():
+    return 42
+```
+"""
+
+DEMO = """\
+You wrote: **{text}**
+
+I am the stand-in agent of the tests, so that is all I can say about it. Write `help` to see what I can be told to do.
+"""
+
+HELP = """\
+I am the stand-in agent of the tests. Lines that start with `!` tell me what to do:
+
+{directives}
+"""
+
+
+def numbered_chunk(number, size):
+    """The text of one chunk of `!chunks`: its number in `size` characters, eight to a line."""
+    return f"{number:0{size - 1}d}" + ("\n" if number % 8 == 7 else " ")
+
+
+def directives(text):
+    """The (name, rest) of each line of `text` that starts with `!`."""
+    lines = [line[1:] for line in text.splitlines() if line.startswith("!") and len(line) > 1]
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def coalesced(updates):
+    """The updates as Kiro keeps them: neighbouring chunks are one."""
+    for kind, group in itertools.groupby(updates, key=lambda update: update["sessionUpdate"]):
+        if kind == "agent_message_chunk":
+            yield {"sessionUpdate": kind, "content": text_block("".join(one["content"]["text"] for one in group))}
+        else:
+            yield from group
+
+
+class TurnOver(Exception):
+    """The turn ends here, with this stop reason; None: without any response."""
+
+    def __init__(self, stop_reason):
+        super().__init__(stop_reason)
+        self.stop_reason = stop_reason
+
+
+class Turn:
+    """One prompt and its answer: carries out the directives in the prompt's text."""
+
+    def __init__(self, agent, session, request_id, prompt):
+        self.agent = agent
+        self.session = session
+        self.request_id = request_id
+        self.prompt = prompt
+        self.cancelled = threading.Event()
+        self.cancel_reason = "cancelled"
+        self.reply = None  # the Reply that is waited for
+        self.tool = None  # the tool call that runs
+        self.updates = []  # for the history
+        self.afterwards = []  # what is still to be sent when the turn is over
+        self.credits = [0.02, 0.01]
+
+    # -- how a turn runs
+
+    def run(self, _frame, mishaps):
+        try:
+            if self.agent.suffer(mishaps, self.pause):
+                raise TurnOver(None)
+            self.perform()
+            self.end("end_turn")
+        except TurnOver as over:
+            self.end(over.stop_reason)
+        except Refusal as refusal:
+            self.session.turn = None
+            self.agent.refuse(self.request_id, refusal)
+
+    def perform(self):
+        script = [step for block in self.prompt for step in directives(block.get("text", ""))]
+        for name, rest in script:
+            directive = getattr(self, "do_" + name, None)
+            if directive is None:
+                raise Refusal(-32602, "Invalid params", f"unknown directive !{name}")
+            try:
+                directive(rest)
+            except (OSError, ValueError, TypeError, IndexError) as error:
+                raise Violation(f"!{name} {rest}: {error!r}") from error
+        if not script:
+            self.reply_to(self.text())
+
+    def text(self):
+        """The user's own text: without the block that explains <send_file> to the agent."""
+        texts = [block["text"] for block in self.prompt if block["type"] == "text"]
+        images = [f"[{block['mimeType']}]" for block in self.prompt if block["type"] == "image"]
+        return "\n".join([text for text in texts if "<send_file" not in text] + images)
+
+    def reply_to(self, text):
+        if text.startswith("/compact"):
+            self.do_compaction("")
+            self.say("Compacted.")
+        elif self.agent.control:
+            self.stream(f"echo: {text}", 12, 0)
+        elif "help" in text.lower():
+            self.stream(HELP.format(directives=self.usage()), 40, 0.02)
+        else:
+            self.stream(DEMO.format(text=text), 8, 0.02)
+
+    def usage(self):
+        documents = [method.__doc__ for name, method in vars(Turn).items() if name.startswith("do_")]
+        return "\n".join(f"- {' '.join(document.split())}" for document in documents)
+
+    def end(self, stop_reason):
+        if stop_reason is None:
+            self.session.turn = None
+            return
+        if self.tool and not self.cancelled.is_set():
+            self.do_tool_done("")
+        if not self.cancelled.is_set():
+            self.remember()
+        metering = [{"value": value, "unit": "credit", "unitPlural": "credits"} for value in self.credits]
+        self.agent.metadata(self.session)
+        self.agent.metadata(self.session, meteringUsage=metering, turnDurationMs=17)
+        self.session.turn = None
+        self.agent.respond(self.request_id, {"stopReason": stop_reason})
+        for send in self.afterwards:
+            send()
+
+    def remember(self):
+        asked = [{"sessionUpdate": "user_message_chunk", "content": block} for block in self.prompt]
+        self.session.remember(asked + list(coalesced(self.updates)))
+
+    def cancel(self, reason):
+        self.cancel_reason = reason
+        self.cancelled.set()
+        if self.reply:
+            self.reply.arrived.set()
+
+    def pause(self, seconds):
+        """Wait, but not beyond a cancel."""
+        if self.cancelled.wait(seconds) if seconds else self.cancelled.is_set():
+            raise TurnOver(self.cancel_reason)
+
+    def wait_for_reply(self, method, params):
+        """The client's response to a request of ours."""
+        self.reply = self.agent.ask(method, params)
+        self.reply.arrived.wait()
+        self.pause(0)
+        return self.reply.frame
+
+    def update(self, update):
+        self.pause(0)
+        self.updates.append(update)
+        self.agent.update(self.session.id, update)
+
+    def say(self, text):
+        self.update({"sessionUpdate": "agent_message_chunk", "content": text_block(text)})
+
+    def stream(self, text, size, seconds):
+        for start in range(0, len(text), size):
+            self.say(text[start:start + size])
+            self.pause(seconds)
+
+    def notify(self, method, **params):
+        self.agent.notify("_kiro.dev/" + method, sessionId=self.session.id, **params)
+
+    # -- directives: speaking
+
+    def do_say(self, text):
+        """`!say TEXT`: one chunk of text; \\n is a line break."""
+        self.say(text.replace("\\n", "\n"))
+
+    def do_chunks(self, numbers):
+        """`!chunks N SIZE [SECONDS]`: N numbered chunks of SIZE characters, with a pause after each."""
+        count, size, *seconds = numbers.split()
+        for number in range(int(count)):
+            self.say(numbered_chunk(number, int(size)))
+            self.pause(float(seconds[0]) if seconds else 0)
+
+    def do_recite(self, name_and_size):
+        """`!recite NAME [SIZE]`: the file NAME of the control folder, in chunks of SIZE characters."""
+        name, *size = name_and_size.split()
+        with open(os.path.join(self.agent.control or "", name), encoding="utf-8", newline="") as file:
+            self.stream(file.read(), int(size[0]) if size else 20, 0)
+
+    def do_markdown(self, _):
+        """`!markdown`: some Markdown with a table, a list and a code block."""
+        self.stream(SAMPLE, 20, 0)
+
+    def do_recall(self, _):
+        """`!recall`: what was asked in this session's earlier turns."""
+        asked = [update["content"].get("text", "an image") for update in self.session.history()
+                 if update["sessionUpdate"] == "user_message_chunk"]
+        self.say(f"{len(asked)} before: " + " | ".join(asked).replace("<", "‹"))
+
+    def do_model(self, _):
+        """`!model`: which model this session has."""
+        self.say(f"model: {self.session.settings['model']}")
+
+    def do_thought(self, text):
+        """`!thought TEXT`: a thought, which is no part of the answer."""
+        self.agent.update(self.session.id,
+                          {"sessionUpdate": "agent_thought_chunk", "content": text_block(text)})
+
+    def do_surrogates(self, _):
+        """`!surrogates`: an emoji whose halves come in two chunks."""
+        for half in ("\ud83d", "\ude00"):
+            update = {"sessionUpdate": "agent_message_chunk", "content": text_block(half)}
+            params = {"sessionId": self.session.id, "update": update}
+            self.do_raw(json.dumps({"jsonrpc": "2.0", "method": "session/update", "params": params}))
+
+    def do_late(self, text):
+        """`!late TEXT`: a chunk that comes after the turn's end."""
+        update = {"sessionUpdate": "agent_message_chunk", "content": text_block(text)}
+        self.afterwards.append(lambda: self.agent.update(self.session.id, update))
+
+    def do_update_other_session(self, text):
+        """`!update_other_session TEXT`: a chunk for a session that is not this one."""
+        self.agent.update(new_id(), {"sessionUpdate": "agent_message_chunk", "content": text_block(text)})
+
+    # -- directives: waiting
+
+    def do_wait(self, name):
+        """`!wait NAME`: go on when the file NAME is in the control folder."""
+        self.agent.wait_for_gate(name, self.pause)
+
+    def do_sleep(self, seconds):
+        """`!sleep SECONDS`: pause."""
+        self.pause(float(seconds))
+
+    def do_silence(self, _):
+        """`!silence`: nothing more, until cancelled."""
+        self.cancelled.wait()
+        self.pause(0)
+
+    # -- directives: tools and permissions
+
+    def do_tool(self, kind_and_title):
+        """`!tool KIND TITLE`: a tool call (execute, edit, read, ...) that runs until `!tool_done` or the end."""
+        kind, _, title = kind_and_title.partition(" ")
+        subject = {"command": title.partition(": ")[2] or title} if kind == "execute" else {"path": title.split()[-1]}
+        self.tool = {"sessionUpdate": "tool_call", "toolCallId": "tooluse_" + new_id(), "title": title, "kind": kind,
+                     "rawInput": subject, "_meta": {"kiro": {"toolName": "shell" if kind == "execute" else kind}}}
+        self.update(self.tool)
+
+    def do_tool_output(self, text):
+        """`!tool_output TEXT`: something that the running tool printed."""
+        content = [{"type": "content", "content": text_block(text)}]
+        self.update({"sessionUpdate": "tool_call_update", "toolCallId": self.tool["toolCallId"], "content": content})
+
+    def do_tool_done(self, status):
+        """`!tool_done [failed]`: the running tool ends."""
+        if self.tool:
+            output = {"items": [{"Json": {"exit_status": "exit status: 0", "stdout": "", "stderr": ""}}]}
+            self.update({"sessionUpdate": "tool_call_update", "toolCallId": self.tool["toolCallId"],
+                         "status": status or "completed", "rawOutput": output})
+        self.tool = None
+
+    def do_ask(self, title):
+        """`!ask [TITLE]`: ask permission for the running tool, or for the command TITLE; say the outcome."""
+        if title or not self.tool:
+            self.do_tool("execute " + (title or "Running: make"))
+        title = self.tool["title"]
+        if title in self.session.settings["allowed"]:
+            return self.say("permission: allowed before\n")
+        options = self.options()
+        call = {"toolCallId": self.tool["toolCallId"], "title": title}
+        answer = self.wait_for_reply("session/request_permission", {
+            "sessionId": self.session.id, "toolCall": call, "options": options, "_meta": {"trustOptions": []}})
+        self.act_on(self.chosen(answer, options))
+
+    def options(self):
+        kinds = [("allow_once", "Yes"), ("allow_always", "Always"), ("reject_once", "No")]
+        hyphens = self.agent.habits.get("permission_ids") == "hyphens"
+        return [{"optionId": kind.replace("_", "-") if hyphens else kind, "name": name, "kind": kind}
+                for kind, name in kinds]
+
+    def chosen(self, answer, options):
+        """The kind of the option that the client selected."""
+        outcome = (answer.get("result") or {}).get("outcome") or {}
+        kinds = {option["optionId"]: option["kind"] for option in options}
+        if outcome == {"outcome": "cancelled"}:
+            return "cancelled"
+        if outcome.get("outcome") == "selected" and outcome.get("optionId") in kinds:
+            return kinds[outcome["optionId"]]
+        raise Violation(f"session/request_permission was answered with {answer}")
+
+    def act_on(self, kind):
+        self.say(f"permission: {kind}\n")
+        if kind == "allow_always":
+            self.session.settings["allowed"].append(self.tool["title"])
+            self.session.save()
+        if not kind.startswith("allow"):
+            self.do_tool_done("failed")
+            if self.agent.habits.get("refusal") == "cancelled":
+                raise TurnOver("cancelled")
+
+    def do_late_ask(self, _):
+        """`!late_ask`: ask a permission after the turn's end."""
+        call = {"toolCallId": "tooluse_late", "title": "Running: late"}
+        params = {"sessionId": self.session.id, "toolCall": call, "options": self.options()}
+        self.afterwards.append(lambda: self.agent.ask("session/request_permission", params))
+
+    def do_request(self, method):
+        """`!request METHOD`: make a request that the client doesn't know, and say with which code it was refused."""
+        answer = self.wait_for_reply(method, {"sessionId": self.session.id})
+        self.say(f"{method}: {answer.get('error', {}).get('code', 'accepted')}\n")
+
+    def do_file(self, name_and_content):
+        """`!file NAME CONTENT`: write a file in the workspace."""
+        name, _, content = name_and_content.partition(" ")
+        with open(os.path.join(self.session.settings["cwd"], name), "w", encoding="utf-8") as file:
+            file.write(content)
+
+    # -- directives: what Kiro tells besides
+
+    def do_context(self, percent):
+        """`!context PERCENT`: so much of the context is used."""
+        self.session.settings["context"] = float(percent)
+        self.session.save()
+
+    def do_credits(self, values):
+        """`!credits A B`: what the turn costs."""
+        self.credits = [float(value) for value in values.split()]
+
+    def do_compaction(self, _):
+        """`!compaction`: the conversation is summarised."""
+        self.notify("compaction/status", status={"type": "started"})
+        self.notify("compaction/status", status={"type": "completed"}, summary="We talked.")
+
+    def do_discard(self, _):
+        """`!discard`: what was said in this attempt is taken back."""
+        self.updates.clear()
+        self.notify("session/update", update={"sessionUpdate": "stream_discarded"})
+
+    def do_retry_warning(self, text):
+        """`!retry_warning [TEXT]`: Kiro tries again."""
+        self.notify("session/update", update={"sessionUpdate": "retry_warning", "attempt": 1, "maxAttempts": 3,
+                                              "delaySecs": 2, "message": text or "Trying again"})
+
+    def do_rate_limit(self, text):
+        """`!rate_limit [TEXT]`: Kiro is being slowed down."""
+        self.notify("error/rate_limit", message=text or "Too many requests")
+
+    def do_oauth(self, url):
+        """`!oauth URL`: an MCP server wants a login."""
+        self.notify("mcp/oauth_request", serverName="tracker", oauthUrl=url)
+
+    # -- directives: how a turn ends
+
+    def do_stop_reason(self, reason):
+        """`!stop_reason REASON`: end with this stop reason."""
+        raise TurnOver(reason)
+
+    def do_error(self, code_and_text):
+        """`!error CODE TEXT`: the prompt fails, with the text in `data`."""
+        code, _, text = code_and_text.partition(" ")
+        raise Refusal(int(code), "Internal error", text)
+
+    def do_error_object(self, code_and_text):
+        """`!error_object CODE TEXT`: the prompt fails, with the text in an object in `data`."""
+        code, _, text = code_and_text.partition(" ")
+        raise Refusal(int(code), "Internal error", {"details": text})
+
+    def do_turn_end(self, _):
+        """`!turn_end`: a turn_end update and no response."""
+        self.remember()
+        self.agent.update(self.session.id, {"sessionUpdate": "turn_end"})
+        raise TurnOver(None)
+
+    def do_interrupted(self, _):
+        """`!interrupted`: the chunk that Kiro's security filter leaves, and no response."""
+        self.say("Tool uses were interrupted, waiting for the next user prompt")
+        raise TurnOver(None)
+
+    # -- directives: misbehaving
+
+    def do_exit(self, code_and_text):
+        """`!exit CODE [TEXT]`: the process exits, with TEXT on stderr, and leaves its lock behind."""
+        code, _, text = code_and_text.partition(" ")
+        os.write(2, text.encode() + b"\n")
+        self.agent.leave(int(code), clean=False)
+
+    def do_kill(self, _):
+        """`!kill`: the process is killed."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def do_junk(self, _):
+        """`!junk`: lines that are no frames, and frames that make no sense."""
+        self.agent.send_junk()
+        for update in (None, {}, {"sessionUpdate": "agent_message_chunk"}, {"sessionUpdate": None},
+                       {"sessionUpdate": "agent_message_chunk", "content": None},
+                       {"sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": None}},
+                       {"sessionUpdate": "agent_message_chunk", "content": {"type": "image"}},
+                       {"sessionUpdate": "tool_call"}, {"sessionUpdate": "no_such_update", "content": []}):
+            self.agent.update(self.session.id, update)
+
+    def do_bigline(self, megabytes):
+        """`!bigline MB`: a tool's output in one line of that size."""
+        content = [{"type": "content", "content": text_block("x" * (int(megabytes) * 2**20))}]
+        self.agent.update(self.session.id,
+                          {"sessionUpdate": "tool_call_update", "toolCallId": "tooluse_big", "content": content})
+
+    def do_stderr(self, kilobytes):
+        """`!stderr KB`: so much on stderr."""
+        for _ in range(int(kilobytes)):
+            os.write(2, b"x" * 1023 + b"\n")
+
+    def do_raw(self, line):
+        """`!raw LINE`: this line on stdout, as it is."""
+        self.agent.wire.note("out", line)
+        self.agent.wire.write_line(line.encode())
+
+    def do_close_stdout(self, _):
+        """`!close_stdout`: stdout ends, the process doesn't."""
+        os.close(1)
+
+    def do_spawn(self, words):
+        """`!spawn [setsid] [pipes]`: leave a process behind, in a session of its own, holding our pipes."""
+        import subprocess
+        stream = None if "pipes" in words else subprocess.DEVNULL
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL,
+                         stdout=stream, stderr=stream, start_new_session="setsid" in words)
+
+
+if __name__ == "__main__" and sys.argv[1:] != ["bench"]:
+    Agent().run()
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Telegram: what it keeps
+# ---------------------------------------------------------------------------------------------------------
+
+import contextlib
+import http.server
+import re
+import shlex
+import socket
+import socketserver
+import sqlite3
+import struct
+import subprocess
+import urllib.parse
+import zlib
+from dataclasses import dataclass, field as attribute
+from pathlib import Path
+
+TOKEN = "123456:AAFakeTokenOfTheStandInTelegram_0000"
+ALICE = {"id": 1001, "is_bot": False, "first_name": "Alice", "username": "alice", "language_code": "en"}
+BOB = {"id": 1002, "is_bot": False, "first_name": "Bob", "language_code": "de"}
+MALLORY = {"id": 6666, "is_bot": False, "first_name": "Mallory", "language_code": "en"}
+GROUP = {"id": -1001234567890, "type": "supergroup", "title": "A group", "is_forum": True}
+
+ANY = object()  # any topic; None is the chat's root
+LASTING = ("sendMessage", "sendRichMessage", "sendPhoto", "sendDocument")
+DRAFT = "sendMessageDraft"
+
+
+@dataclass
+class Call:
+    """One request of the bot's, as it arrived."""
+
+    number: int
+    method: str
+    params: dict  # by the types that the method wants
+    files: dict  # parameter -> (file name, bytes)
+    time: float  # time.monotonic() at arrival
+    ok: bool = None  # True: carried out; False: refused; None: not yet
+    result: object = None  # what was answered: the result, or the description of the error
+
+    @property
+    def thread(self):
+        return self.params.get("message_thread_id")
+
+    @property
+    def text(self):
+        rich = self.params.get("rich_message") or {}
+        return self.params.get("text") or rich.get("markdown") or self.params.get("caption") or ""
+
+    @property
+    def message(self):
+        """The message that was sent, as it was then."""
+        return self.result if isinstance(self.result, dict) else None
+
+    def __str__(self):
+        outcome = {True: "ok", False: f"refused: {self.result}", None: "not answered"}[self.ok]
+        return f"{self.time:.3f} #{self.number} {self.method} thread={self.thread} {self.text[:200]!r} {outcome}"
+
+
+class ApiError(Exception):
+    """A refusal as the Bot API answers it."""
+
+    def __init__(self, code, description, **parameters):
+        super().__init__(description)
+        self.code = code
+        self.body = {"ok": False, "error_code": code, "description": description}
+        if parameters:
+            self.body["parameters"] = parameters
+
+
+def bad_request(description):
+    return ApiError(400, "Bad Request: " + description)
+
+
+class Dropped(Exception):
+    """A request whose connection is closed without an answer."""
+
+
+def utf16_length(text):
+    """Telegram's way of counting; a lone half of a pair is refused."""
+    try:
+        return len(text.encode("utf-16-le")) // 2
+    except UnicodeEncodeError:
+        raise bad_request("strings must be encoded in UTF-8") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Telegram: Rich Markdown
+# ---------------------------------------------------------------------------------------------------------
+
+CODE = re.compile(r"^[ >]*(`{3,}|~{3,})[^\n]*\n.*?(?:^[ >]*\1[`~]*[ ]*$|\Z)|(?<![`\\])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\2(?!`)",
+                  re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^\s)>]*)")
+REFERENCE = re.compile(r"^ {0,3}\[[^\]^]+\]:\s*<?(\S+?)>?\s*$", re.MULTILINE)
+HREF = re.compile(r"<(?:a|img)\b[^>]*?(?:href|src)\s*=\s*[\"']?([^\"'\s>]*)", re.IGNORECASE)
+GOOD_TARGET = re.compile(r"(?:https?://[^\s/?#:@]+\.[^\s/?#:@]+|tg://\w|mailto:[^@\s]+@\S+\.\S)", re.IGNORECASE)
+AUTOLINK = re.compile(r"<(?:https?://|mailto:|tg://)[^\s<>]+>", re.IGNORECASE)
+ODD_EMAIL = re.compile(r"\b\w[\w.+-]*:[\w.+-]+@[\w-]+\.\w")
+BLOCK_START = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|#{1,6}\s|>|\||\[\^?\w+\]:|([-*_])(?:\s*\1){2,}\s*$|<|CODE)")
+COMPLETE = re.compile(r"\s*(?:#|CODE|<|(?:[-*_=]\s*){3,}$)")
+UNDERLINE = re.compile(r"\s*(?:=+|-+)\s*")
+DELIMITER_ROW = re.compile(r"[\s>]*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
+TAG = re.compile(r"<!--|</?([A-Za-z][\w-]*)[^>\n]*>")
+TAGS = {"a", "b", "br", "blockquote", "cite", "code", "del", "details", "em", "hr", "i", "img", "li", "mark",
+        "ol", "p", "pre", "s", "strong", "sub", "summary", "sup", "table", "td", "th", "tr", "u", "ul", "aside",
+        "tg-button", "tg-collage", "tg-emoji", "tg-map", "tg-slideshow", "tg-spoiler"}
+
+
+def without_code(markdown):
+    """The Markdown with code blocks, inline code and escaped characters taken out."""
+    return re.sub(r"\\[^\w\s]", "E", CODE.sub(lambda code: "CODE" if code[1] else "code", markdown))
+
+
+def cells(row):
+    return row.strip(" >").strip("|").count("|") + 1
+
+
+def table_rows(lines):
+    """The numbers of the lines that belong to a table."""
+    rows = set()
+    for number, line in enumerate(lines):
+        if "|" in line and number and DELIMITER_ROW.fullmatch(line) and "|" in lines[number - 1]:
+            end = number
+            while end < len(lines) and "|" in lines[end]:
+                end += 1
+            rows.update(range(number - 1, end))
+    return rows
+
+
+def blocks(lines):
+    """How many blocks Telegram would count: each paragraph, item, row, heading or piece of code is one."""
+    return sum(1 for before, line in zip([""] + lines, lines)
+               if line.strip() and (not before.strip() or BLOCK_START.match(line)))
+
+
+def nesting(line):
+    quotes = re.match(r"[\s>]*", line)[0].count(">")
+    indentation = len(re.match(r"\s*", line)[0]) // 2 if re.match(r"\s*([-*+]|\d+[.)])\s", line) else 0
+    return max(quotes, indentation)
+
+
+def rich_refusal(markdown, detection=True):
+    """Why Telegram would refuse this Rich Markdown; None when it would not."""
+    text = without_code(markdown)
+    lines = text.splitlines()
+    targets = [target for _, target in LINK.findall(text)] + REFERENCE.findall(text) + HREF.findall(text)
+    if not re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL).strip():
+        return "Rich message must be non-empty"
+    if len(markdown) > 32768:
+        return "RICH_MESSAGE_TEXT_TOO_LONG"
+    if blocks(lines) > 500:
+        return "RICH_MESSAGE_BLOCKS_TOO_MANY"
+    if any(nesting(line) > 16 for line in lines):
+        return "RICH_MESSAGE_DEPTH_INVALID"
+    if any(cells(lines[number]) > 20 for number in table_rows(lines)):
+        return "RICH_MESSAGE_TABLE_COLS_TOO_MANY"
+    if any(mark for mark, _ in LINK.findall(text)) or re.search(r"<img\b|!\[[^\]]*\]\[", text, re.IGNORECASE):
+        return "RICH_MESSAGE_PHOTO_NO_MEDIA_FOUND"
+    if not all(GOOD_TARGET.match(target) for target in targets):
+        return "RICH_MESSAGE_URL_INVALID"
+    if detection and ODD_EMAIL.search(text):
+        return "RICH_MESSAGE_EMAIL_INVALID"
+    return None
+
+
+def garbled_lines(markdown):
+    """The (reason, line) of what Telegram would take but show otherwise than it is meant."""
+    lines = without_code(markdown).splitlines()
+    rows = table_rows(lines)
+    for number, line in enumerate(lines):
+        words = AUTOLINK.sub("", line)
+        if any(name.lower() not in TAGS for name in TAG.findall(words)):
+            yield "raw HTML", line
+        if "==" in words and words.strip("= "):
+            yield "marked text", line
+        if "||" in words and number not in rows:
+            yield "a spoiler", line
+        if re.match(r"\s{0,3}#+[^#\s]", line):
+            yield "a heading", line
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+        if paragraph.count("$") > 1:
+            yield "a formula", paragraph
+    yield from soft_breaks(lines, rows)
+
+
+def soft_breaks(lines, rows):
+    """Lines that Telegram would join with the next one."""
+    for number, (line, following) in enumerate(zip(lines, lines[1:])):
+        quoted = line.lstrip().startswith(">") and following.lstrip().startswith(">")
+        text, following = (part.lstrip(" >") if quoted else part for part in (line, following))
+        ends = not text.strip() or number in rows or line.endswith("  ") or COMPLETE.match(text)
+        begins = not following.strip() or BLOCK_START.match(following) or UNDERLINE.fullmatch(following)
+        if not ends and not begins:
+            yield "a line break that is lost", line
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Telegram: the methods of the Bot API
+# ---------------------------------------------------------------------------------------------------------
+
+TARGET = {"chat_id": int, "message_thread_id": int}
+SENDING = {**TARGET, "disable_notification": bool, "protect_content": bool, "message_effect_id": str,
+           "reply_parameters": dict, "reply_markup": dict}
+TEXT = {"text": str, "parse_mode": str, "entities": list}
+CAPTION = {"caption": str, "parse_mode": str, "caption_entities": list}
+PARAMETERS = {
+    "getMe": {},
+    "getUpdates": {"offset": int, "limit": int, "timeout": int, "allowed_updates": list},
+    "deleteWebhook": {"drop_pending_updates": bool},
+    "getWebhookInfo": {},
+    "setMyCommands": {"commands": list, "scope": dict, "language_code": str},
+    "sendMessage": {**SENDING, **TEXT, "link_preview_options": dict},
+    "sendMessageDraft": {**TARGET, **TEXT, "draft_id": int, "can_stop": bool, "keep_on_stop": bool},
+    "sendRichMessage": {**SENDING, "rich_message": dict},
+    "sendPhoto": {**SENDING, **CAPTION, "photo": str, "has_spoiler": bool, "show_caption_above_media": bool},
+    "sendDocument": {**SENDING, **CAPTION, "document": str, "disable_content_type_detection": bool},
+    "sendChatAction": {**TARGET, "action": str},
+    "editMessageText": {"chat_id": int, "message_id": int, **TEXT, "link_preview_options": dict,
+                        "reply_markup": dict, "rich_message": dict},
+    "editMessageReplyMarkup": {"chat_id": int, "message_id": int, "reply_markup": dict},
+    "answerCallbackQuery": {"callback_query_id": str, "text": str, "show_alert": bool, "url": str, "cache_time": int},
+    "setMessageReaction": {"chat_id": int, "message_id": int, "reaction": list, "is_big": bool},
+    "getFile": {"file_id": str},
+    "createForumTopic": {"chat_id": int, "name": str, "icon_color": int, "icon_custom_emoji_id": str},
+    "editForumTopic": {**TARGET, "name": str, "icon_custom_emoji_id": str},
+    "deleteForumTopic": TARGET,
+}
+REQUIRED = {"chat_id", "draft_id", "message_id", "callback_query_id", "file_id", "action", "commands"}
+EXPECTED_UPDATES = {"message", "edited_message", "callback_query", "stopped_message_generation"}
+CONFLICT = "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
+NOT_MODIFIED = ("message is not modified: specified new message content and reply markup are exactly the same "
+                "as a current content and reply markup of the message")
+REACTIONS = set(
+    "👍 👎 ❤ 🔥 🥰 👏 😁 🤔 🤯 😱 🤬 😢 🎉 🤩 🤮 💩 🙏 👌 🕊 🤡 🥱 🥴 😍 🐳 🌚 🌭 💯 🤣 ⚡ 🍌 🏆 💔 🤨 "
+    "😐 🍓 🍾 💋 😈 😴 😭 🤓 👻 👀 🎃 🙈 😇 😨 🤝 ✍ 🤗 🫡 🎅 🎄 ☃ 💅 🤪 🗿 🆒 💘 🙉 🦄 😘 💊 🙊 😎 👾 🤷 😡".split())
+ACTIONS = {"typing", "upload_photo", "upload_document", "upload_video", "record_voice", "upload_voice",
+           "choose_sticker", "find_location", "record_video", "record_video_note", "upload_video_note"}
+MEGABYTE = 2**20
+
+
+def typed(name, value, kind):
+    """A parameter as its method wants it; in a form everything is text."""
+    if isinstance(value, str) and kind in (list, dict):
+        value = json.loads(value)
+    elif isinstance(value, str) and kind is bool:
+        value = {"true": True, "false": False}.get(value, value)
+    elif isinstance(value, str) and kind is int:
+        value = int(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is no {kind.__name__}: {value!r}")
+    return value
+
+
+def photo_refusal(data):
+    """Why Telegram would not take these bytes as a photo."""
+    if len(data) > 10 * MEGABYTE:
+        return "too big for a photo"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
+        if not width or not height or b"IEND" not in data[-64:]:
+            return "IMAGE_PROCESS_FAILED"
+        if width + height > 10000 or max(width, height) > 20 * min(width, height):
+            return "PHOTO_INVALID_DIMENSIONS"
+    elif not data.startswith((b"\xff\xd8\xff", b"GIF8")) and not (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return "IMAGE_PROCESS_FAILED"
+    return None
+
+
+class BotApi:
+    """The state of the server, and its methods under the names that they have in the Bot API."""
+
+    ME = {"id": int(TOKEN.partition(":")[0]), "is_bot": True, "first_name": "Kiro", "username": "kiro_test_bot",
+          "can_join_groups": True, "can_read_all_group_messages": False, "supports_inline_queries": False}
+
+    def __init__(self):
+        self.changed = threading.Condition()  # guards and announces everything below
+        self.topics_enabled = True
+        self.local = None  # a folder: getFile then answers as a local Bot API server, with paths in it
+        self.calls = []  # all of them, in order of arrival
+        self.violations = []  # what a bot should never do
+        self.garbled = []  # (reason, text) of rich messages that would not look as they are meant
+        self.pending = []  # updates that were not yet acknowledged
+        self.redelivered = []  # updates that are delivered again although they were
+        self.dropped = []  # updates of a type that was not asked for
+        self.acknowledged = 0  # every update below this id
+        self.poll = None  # the newest getUpdates
+        self.held = False  # no update is delivered
+        self.closed = False
+        self.last_id = 100  # of messages, topics and callback queries
+        self.chats = {}  # chat id -> chat
+        self.topics = set()  # (chat id, thread)
+        self.messages = {}  # (chat id, message id) -> message, as it is now
+        self.queries = set()  # ids of the callback queries that can be answered
+        self.files = {}  # file id -> (path, bytes, size)
+        self.commands = None
+
+    # -- what the methods share
+
+    def next_id(self):
+        self.last_id += 1
+        return self.last_id
+
+    def violation(self, complaint):
+        with self.changed:
+            self.violations.append(complaint)
+
+    def chat(self, params):
+        if params["chat_id"] not in self.chats:
+            raise bad_request("chat not found")
+        return self.chats[params["chat_id"]]
+
+    def own_message(self, params):
+        message = self.messages.get((params["chat_id"], params["message_id"]))
+        if message is None:
+            raise bad_request("message to edit not found")
+        if message["from"] != self.ME:
+            raise bad_request("message can't be edited")
+        return message
+
+    def check_text(self, text, longest=4096, description="message is too long"):
+        if utf16_length(text) > longest:
+            raise bad_request(description)
+
+    def check_rich(self, rich):
+        if len({"markdown", "html", "blocks"} & set(rich)) != 1:
+            raise bad_request("RICH_MESSAGE_CONTENT_REQUIRED")
+        markdown = rich.get("markdown")
+        if not isinstance(markdown, str):
+            return
+        utf16_length(markdown)
+        refusal = rich_refusal(markdown, detection=not rich.get("skip_entity_detection"))
+        if refusal:
+            raise bad_request(refusal)
+        self.garbled.extend(garbled_lines(markdown))
+
+    def check_markup(self, markup):
+        for button in (button for row in markup.get("inline_keyboard", []) for button in row):
+            data = button.get("callback_data", "")
+            if not button.get("text", "").strip():
+                raise bad_request("inline keyboard button text must be non-empty")
+            if not 1 <= len(data.encode()) <= 64 and "url" not in button:
+                raise bad_request("BUTTON_DATA_INVALID")
+
+    def send(self, params, **content):
+        """Send a message of the bot's."""
+        chat = self.chat(params)
+        thread = params.get("message_thread_id")
+        if thread is not None and (chat["id"], thread) not in self.topics:
+            raise bad_request("message thread not found")
+        reply = params.get("reply_parameters") or {}
+        if reply and not reply.get("allow_sending_without_reply") and (
+                (chat["id"], reply.get("message_id")) not in self.messages):
+            raise bad_request("message to be replied not found")
+        message = {"message_id": self.next_id(), "from": self.ME, "chat": chat, "date": int(time.time()), **content}
+        if thread is not None:
+            message.update(message_thread_id=thread, is_topic_message=True)
+        if "reply_markup" in params:
+            self.check_markup(params["reply_markup"])
+            message["reply_markup"] = params["reply_markup"]
+        self.messages[chat["id"], message["message_id"]] = message
+        return dict(message)
+
+    def upload(self, call, name, largest):
+        """The bytes that come with a call, or those of a file that is known already."""
+        if name in call.files:
+            data = call.files[name][1]
+        elif call.params.get(name) in self.files:
+            data = self.files[call.params[name]][1]
+        else:
+            raise bad_request(f"there is no {name} in the request")
+        if not data:
+            raise bad_request("file must be non-empty")
+        if len(data) > largest:
+            raise ApiError(413, "Request Entity Too Large")
+        return data
+
+    def new_file(self, kind, data, size=None, **more):
+        """A file that can be downloaded, as messages describe it."""
+        with self.changed:
+            file_id = f"{kind}-{self.next_id()}"
+            size = len(data) if size is None else size
+            self.files[file_id] = (f"files/{file_id}", data, size)
+        return {"file_id": file_id, "file_unique_id": file_id, "file_size": size, **more}
+
+    # -- the bot itself
+
+    def getMe(self, call):
+        return {**self.ME, "has_topics_enabled": self.topics_enabled, "allows_users_to_create_topics": True}
+
+    def deleteWebhook(self, call):
+        return True
+
+    def getWebhookInfo(self, call):
+        return {"url": "", "has_custom_certificate": False, "pending_update_count": len(self.pending)}
+
+    def setMyCommands(self, call):
+        for command in call.params["commands"]:
+            if not re.fullmatch(r"[a-z0-9_]{1,32}", command.get("command", "")):
+                raise bad_request("BOT_COMMAND_INVALID")
+            if not 1 <= len(command.get("description", "")) <= 256:
+                raise bad_request("BOT_COMMAND_DESCRIPTION_INVALID")
+        self.commands = call.params["commands"]
+        return True
+
+    def getUpdates(self, call):
+        offset, limit = call.params.get("offset", 0), call.params.get("limit", 100)
+        wanted = set(call.params.get("allowed_updates", EXPECTED_UPDATES))
+        if not EXPECTED_UPDATES <= set(call.params.get("allowed_updates", ())):
+            self.violation(f"getUpdates with allowed_updates {call.params.get('allowed_updates')}")
+        if offset < 0 or not 1 <= limit <= 100:
+            self.violation(f"getUpdates with offset {offset} and limit {limit}")
+            raise bad_request("offset or limit is invalid")
+        self.poll = call
+        self.acknowledged = max(self.acknowledged, offset)
+        self.pending = [update for update in self.pending if update["update_id"] >= offset]
+        self.changed.notify_all()
+        deadline = time.monotonic() + min(call.params.get("timeout", 0), 50)
+        while not (batch := self.batch(wanted, limit)) and (remaining := deadline - time.monotonic()) > 0:
+            self.changed.wait(remaining)
+            if self.closed:
+                raise Dropped
+            if self.poll is not call:
+                raise ApiError(409, CONFLICT)
+        return batch
+
+    def batch(self, wanted, limit):
+        """The next updates, without those of a type that is not wanted: they are gone."""
+        if self.held:
+            return []
+        unwanted = [update for update in self.pending if not wanted & set(update)]
+        self.pending = [update for update in self.pending if update not in unwanted]
+        self.dropped.extend(unwanted)
+        again, self.redelivered = self.redelivered, []
+        return (again + self.pending)[:limit]
+
+    # -- messages
+
+    def sendMessage(self, call):
+        text = call.params.get("text", "")
+        if not text.strip():
+            raise bad_request("message text is empty")
+        self.check_text(text)
+        return self.send(call.params, text=text)
+
+    def sendMessageDraft(self, call):
+        chat = self.chat(call.params)
+        if chat["type"] != "private":
+            raise bad_request("TEXTDRAFT_PEER_INVALID")
+        if not 0 < abs(call.params["draft_id"]) < 2**63:
+            raise bad_request("RANDOM_ID_INVALID")
+        self.check_text(call.params.get("text", ""))
+        return True
+
+    def sendRichMessage(self, call):
+        rich = call.params.get("rich_message") or {}
+        self.check_rich(rich)
+        return self.send(call.params, rich_message={"blocks": [{"type": "paragraph", "text": rich.get("markdown")}]})
+
+    def sendPhoto(self, call):
+        data = self.upload(call, "photo", largest=50 * MEGABYTE)
+        refusal = photo_refusal(data)
+        if refusal:
+            raise bad_request(refusal)
+        return self.send(call.params, photo=[self.new_file("photo", data, width=1, height=1)], **self.caption(call))
+
+    def sendDocument(self, call):
+        data = self.upload(call, "document", largest=50 * MEGABYTE)
+        return self.send(call.params, document=self.new_file("document", data), **self.caption(call))
+
+    def caption(self, call):
+        caption = call.params.get("caption", "")
+        self.check_text(caption, 1024, "message caption is too long")
+        return {"caption": caption} if caption else {}
+
+    def sendChatAction(self, call):
+        self.chat(call.params)
+        if call.params["action"] not in ACTIONS:
+            raise bad_request("wrong parameter action in request")
+        return True
+
+    def setMessageReaction(self, call):
+        if (call.params["chat_id"], call.params["message_id"]) not in self.messages:
+            raise bad_request("message to react not found")
+        reaction = call.params.get("reaction", [])
+        if len(reaction) > 1 or any(one.get("emoji") not in REACTIONS for one in reaction):
+            raise bad_request("REACTION_INVALID")
+        return True
+
+    def editMessageText(self, call):
+        message = self.own_message(call.params)
+        rich, text = call.params.get("rich_message"), call.params.get("text", "")
+        if rich:
+            self.check_rich(rich)
+            text = rich.get("markdown", "")
+        elif not text.strip():
+            raise bad_request("message text is empty")
+        else:
+            self.check_text(text)
+        return self.edited(message, text, call.params.get("reply_markup"))
+
+    def editMessageReplyMarkup(self, call):
+        message = self.own_message(call.params)
+        return self.edited(message, message.get("text"), call.params.get("reply_markup"))
+
+    def edited(self, message, text, markup):
+        """Change a message; without a keyboard in the call it has none any more."""
+        markup = markup if markup and markup.get("inline_keyboard") else None
+        self.check_markup(markup or {})
+        if (message.get("text"), message.get("reply_markup")) == (text, markup):
+            raise bad_request(NOT_MODIFIED)
+        message.update(text=text, reply_markup=markup)
+        if not markup:
+            del message["reply_markup"]
+        return dict(message)
+
+    def answerCallbackQuery(self, call):
+        if call.params["callback_query_id"] not in self.queries:
+            raise bad_request("query is too old and response timeout expired or query ID is invalid")
+        self.check_text(call.params.get("text", ""), 200, "MESSAGE_TOO_LONG")
+        return True
+
+    # -- files and topics
+
+    def getFile(self, call):
+        if call.params["file_id"] not in self.files:
+            raise bad_request("wrong file_id or the file is temporarily unavailable")
+        path, data, size = self.files[call.params["file_id"]]
+        if self.local:
+            stored = Path(self.local) / path.replace("/", "-")
+            stored.write_bytes(data)
+            path = str(stored)
+        elif size > 20 * MEGABYTE:
+            raise bad_request("file is too big")
+        return {"file_id": call.params["file_id"], "file_unique_id": path, "file_size": size, "file_path": path}
+
+    def createForumTopic(self, call):
+        chat, thread = self.chat(call.params), self.next_id()
+        if not 1 <= len(call.params.get("name", "")) <= 128:
+            raise bad_request("TOPIC_NAME_INVALID")
+        self.topics.add((chat["id"], thread))
+        return {"message_thread_id": thread, "name": call.params["name"], "icon_color": 7322096}
+
+    def editForumTopic(self, call):
+        if (call.params["chat_id"], call.thread) not in self.topics:
+            raise bad_request("TOPIC_ID_INVALID")
+        return True
+
+    def deleteForumTopic(self, call):
+        self.editForumTopic(call)
+        self.topics.remove((call.params["chat_id"], call.thread))
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The stand-in Telegram: HTTP
+# ---------------------------------------------------------------------------------------------------------
+
+
+def form_fields(content_type, body):
+    """The (parameters, files) of a request's body."""
+    if not body:
+        return {}, {}
+    if content_type.startswith("application/json"):
+        return json.loads(body), {}
+    if content_type.startswith("application/x-www-form-urlencoded"):
+        return dict(urllib.parse.parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=True)), {}
+    if content_type.startswith("multipart/form-data"):
+        return multipart_fields(content_type.partition("boundary=")[2].strip('"').encode(), body)
+    raise ValueError(f"content type {content_type!r}")
+
+
+DISPOSITION = re.compile(r'form-data; name="?([^";]*)"?(?:; filename=(?:"([^"]*)"|([^";]*)))?')
+
+
+def multipart_fields(boundary, body):
+    params, files = {}, {}
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        disposition = re.search("Content-Disposition: (.*)", head.decode())[1].strip()
+        found = DISPOSITION.fullmatch(disposition)  # telebot doesn't quote: a name with ; or " breaks the header
+        if not found:
+            raise ValueError(disposition)
+        name, content = found[1], content.removesuffix(b"\r\n")
+        if "filename=" in disposition:
+            files[name] = (found[2] or found[3] or "", content)
+        else:
+            params[name] = content.decode()
+    return params, files
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection of the bot's."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        try:
+            status, content_type, answer = self.server.telegram.answer_http(
+                self.path, self.headers.get("Content-Type", ""), body)
+        except Dropped:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Accepts connections on a port of this machine, and can drop them all."""
+
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    def __init__(self, telegram, port=0):
+        self.telegram = telegram
+        self.connections = set()
+        super().__init__(("127.0.0.1", port), Handler)
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
+
+    def process_request(self, request, client_address):
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with the calls of one method."""
+
+    method: str  # "*" for all but getUpdates
+    status: int = None  # answer this instead of carrying the call out
+    description: str = ""
+    retry_after: int = None
+    html: bool = False  # the answer is a page of some proxy's
+    drop: str = None  # close the connection: "before" or "after" the call is carried out
+    hang: float = None  # carry it out, but answer only so many seconds later, or when the fault ends
+    times: int = 1  # None: until it ends
+    when: object = None  # a function of the call: only such calls
+    hits: int = 0
+    over: threading.Event = attribute(default_factory=threading.Event)
+
+    def end(self):
+        self.over.set()
+
+    def applies(self, call):
+        if self.over.is_set() or (self.times is not None and self.hits >= self.times):
+            return False
+        if self.method != call.method and (self.method != "*" or call.method == "getUpdates"):
+            return False
+        return self.when is None or self.when(call)
+
+    def answer(self):
+        """The (status, content type, body) to answer instead."""
+        if self.html:
+            return self.status, "text/html", b"<html><head><title>Bad Gateway</title></head></html>"
+        parameters = {} if self.retry_after is None else {"retry_after": self.retry_after}
+        default = {401: "Unauthorized", 409: CONFLICT, 429: f"Too Many Requests: retry after {self.retry_after}"}
+        description = self.description or default.get(self.status, "Internal Server Error")
+        return json_answer(self.status, ApiError(self.status, description, **parameters).body)
+
+
+def json_answer(status, body):
+    return status, "application/json", json.dumps(body).encode()
+
+
+class Telegram(BotApi):
+    """The server as the tests see it: its calls, the people who write to the bot, and its faults."""
+
+    def __init__(self):
+        super().__init__()
+        self.faults = []
+        self.positions = {}  # (chat id, message id) of what people wrote -> how many calls came before
+        self.sent_updates = []
+        self.last_update_id = 5000
+        self.server = Server(self)
+        self.port = self.server.server_address[1]
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        for fault in self.faults:
+            fault.end()
+        if self.server:
+            self.server.stop()
+
+    # -- answering
+
+    def answer_http(self, path, content_type, body):
+        """Answer one request; what the server could not read at all is a violation."""
+        url = urllib.parse.urlsplit(path)
+        if url.query:
+            self.violation(f"parameters in the URL of {url.path.rpartition('/')[2]}")
+            return 414, "text/html", b"<html>414 Request-URI Too Large</html>"
+        if not url.path.startswith((f"/bot{TOKEN}/", f"/file/bot{TOKEN}/")):
+            return json_answer(401, ApiError(401, "Unauthorized").body)
+        if url.path.startswith("/file/"):
+            return self.answer_download(urllib.parse.unquote(url.path.removeprefix(f"/file/bot{TOKEN}/")))
+        try:
+            params, files = form_fields(content_type, body)
+        except (ValueError, KeyError) as error:
+            self.violation(f"a body that can't be read: {error}")
+            return json_answer(400, bad_request("can't parse the request").body)
+        return self.answer_call(self.arrived(url.path.rpartition("/")[2], params, files))
+
+    def arrived(self, method, params, files):
+        """The call, recorded."""
+        with self.changed:
+            params = {name: self.parameter(method, name, value) for name, value in params.items()}
+            call = Call(len(self.calls), method, params, files, time.monotonic())
+            self.calls.append(call)
+            self.changed.notify_all()
+        return call
+
+    def parameter(self, method, name, value):
+        kind = PARAMETERS.get(method, {}).get(name)
+        try:
+            if kind is None:
+                raise ValueError(f"{name} is not known")
+            return typed(name, value, kind)
+        except ValueError as error:
+            self.violation(f"{method}: {error}")
+            return value
+
+    def answer_call(self, call):
+        fault = self.fault_for(call)
+        if fault and fault.drop == "before":
+            raise Dropped
+        if fault and fault.status:
+            self.settle(call, False, fault.status)
+            return fault.answer()
+        answer = self.carry_out(call)
+        if fault and fault.hang is not None:
+            fault.over.wait(fault.hang)
+        if fault and fault.drop == "after":
+            raise Dropped
+        return answer
+
+    def fault_for(self, call):
+        with self.changed:
+            fault = next((fault for fault in self.faults if fault.applies(call)), None)
+            if fault:
+                fault.hits += 1
+            return fault
+
+    def carry_out(self, call):
+        try:
+            with self.changed:
+                if call.method not in PARAMETERS:
+                    raise ApiError(404, "Not Found")
+                for name in REQUIRED & set(PARAMETERS[call.method]) - set(call.params):
+                    raise bad_request(f"parameter {name} is required")
+                result = getattr(self, call.method)(call)
+                self.settle(call, True, result)
+            return json_answer(200, {"ok": True, "result": result})
+        except ApiError as error:
+            self.settle(call, False, str(error))
+            return json_answer(error.code, error.body)
+
+    def settle(self, call, ok, result):
+        with self.changed:
+            call.ok, call.result = ok, result
+            self.changed.notify_all()
+
+    def answer_download(self, path):
+        call = self.arrived("download", {}, {})
+        call.params["path"] = path
+        fault = self.fault_for(call)
+        if fault and fault.drop:
+            raise Dropped
+        if fault and fault.status:
+            return fault.answer()
+        if fault and fault.hang is not None:
+            fault.over.wait(fault.hang)
+        data = next((data for known, data, _ in self.files.values() if known == path), None)
+        self.settle(call, data is not None, path)
+        if data is None:
+            return json_answer(404, ApiError(404, "Not Found").body)
+        return 200, "application/octet-stream", data
+
+    # -- faults
+
+    def fault(self, method, **how):
+        """Let the next calls of `method` go wrong; see Fault for how."""
+        fault = Fault(method, **how)
+        with self.changed:
+            self.faults.append(fault)
+        return fault
+
+    def outage(self):
+        """Refuse connections, and drop those that there are."""
+        self.server.stop()
+        self.server = None
+        with self.changed:
+            self.poll = None
+            self.changed.notify_all()
+
+    def end_outage(self):
+        self.server = Server(self, self.port)
+
+    # -- what people do
+
+    def deliver(self, **content):
+        """Queue an update; returns it."""
+        with self.changed:
+            self.last_update_id += 1
+            update = {"update_id": self.last_update_id, **content}
+            self.sent_updates.append(update)
+            self.pending.append(update)
+            self.changed.notify_all()
+        return update
+
+    @contextlib.contextmanager
+    def batch_of_updates(self):
+        """What happens inside is delivered at once."""
+        self.held = True
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.held = False
+                self.changed.notify_all()
+
+    def open_topic(self, thread, user=ALICE, chat=None):
+        with self.changed:
+            chat = chat or {"id": user["id"], "type": "private", "first_name": user["first_name"]}
+            self.chats[chat["id"]] = chat
+            if thread is not None:
+                self.topics.add((chat["id"], thread))
+        return chat
+
+    def delete_topic(self, thread, user=ALICE):
+        """A person deletes a topic: the bot is not told."""
+        with self.changed:
+            self.topics.discard((user["id"], thread))
+
+    def post(self, user=ALICE, thread=None, chat=None, reply_to=None, quote=None, **content):
+        """Send a message with any content; returns it. thread=None is the chat's root."""
+        chat = self.open_topic(thread, user, chat)
+        with self.changed:
+            message = {"message_id": self.next_id(), "from": user, "chat": chat, "date": int(time.time()), **content}
+            if thread is not None:
+                message.update(message_thread_id=thread, is_topic_message=True)
+            if reply_to is not None:
+                message["reply_to_message"] = self.plain_message(reply_to)
+            if quote is not None:
+                message["quote"] = {"text": quote, "position": 0, "is_manual": True}
+            self.messages[chat["id"], message["message_id"]] = message
+            self.positions[chat["id"], message["message_id"]] = len(self.calls)
+            self.deliver(message=message)
+        return message
+
+    def plain_message(self, message):
+        message = message.message if isinstance(message, Call) else message
+        return {name: value for name, value in message.items() if name != "reply_to_message"}
+
+    def write(self, text, user=ALICE, thread=None, **fields):
+        """Write a text message; `fields` are further fields of it (reply_to, quote, chat, forward_origin, ...)."""
+        if text.startswith("/"):
+            fields["entities"] = [{"type": "bot_command", "offset": 0, "length": len(text.split()[0])}]
+        return self.post(user, thread, text=text, **fields)
+
+    def create_topic(self, name, user=ALICE):
+        """Start a topic as a client does when something is written in the root; returns its number."""
+        with self.changed:
+            thread = self.next_id()
+            created = {"name": name, "icon_color": 7322096, "is_name_implicit": True}
+            self.post(user, thread, forum_topic_created=created)
+        return thread
+
+    def edit(self, message, text):
+        """Change the text (or the caption) of a message that somebody wrote."""
+        part = "text" if "text" in message else "caption"
+        edited = {**message, part: text, "edit_date": int(time.time())}
+        with self.changed:
+            self.positions[message["chat"]["id"], message["message_id"]] = len(self.calls)
+            self.deliver(edited_message=edited)
+        return edited
+
+    def buttons(self, message):
+        """The buttons that a message of the bot's has now."""
+        message = self.current(message)
+        return [button for row in message.get("reply_markup", {}).get("inline_keyboard", []) for button in row]
+
+    def current(self, message):
+        """A message as it is now; `message` may be the call that sent it."""
+        message = message.message if isinstance(message, Call) else message
+        with self.changed:
+            return dict(self.messages[message["chat"]["id"], message["message_id"]])
+
+    def press(self, message, button=0, user=ALICE, data=None):
+        """Press a button, by its number or a part of its text; `data` is for a forged press. Returns the query."""
+        if data is None:
+            data = self.find_button(message, button)["callback_data"]
+        query = {"id": f"query{self.next_id()}", "from": user, "message": self.current(message),
+                 "chat_instance": "1", "data": data}
+        with self.changed:
+            self.queries.add(query["id"])
+            self.positions[query["id"]] = len(self.calls)
+        self.deliver(callback_query=query)
+        return query
+
+    def find_button(self, message, wanted):
+        buttons = self.buttons(message)
+        if isinstance(wanted, int) and wanted < len(buttons):
+            return buttons[wanted]
+        for button in buttons:
+            if isinstance(wanted, str) and wanted in button["text"]:
+                return button
+        raise AssertionError(f"no button {wanted!r} among {[button['text'] for button in buttons]}")
+
+    def stop(self, draft):
+        """Press the Stop button of a draft, given by the call that sent it."""
+        stopped = {"chat": self.chats[draft.params["chat_id"]], "draft_id": draft.params["draft_id"]}
+        if draft.thread is not None:
+            stopped["message_thread_id"] = draft.thread
+        return self.deliver(stopped_message_generation=stopped)
+
+    def send_file(self, kind, data=b"data", name=None, size=None, mime=None,
+                  sizes=((320, 240), (1280, 960)), **fields):
+        """Send a photo, document, voice, audio, video, video_note, animation or sticker.
+
+        `size` is what Telegram claims of it, `sizes` are those of a photo; `fields` are as for write().
+        """
+        if kind == "photo":
+            return self.post(photo=[self.new_file(f"photo-{width}x{height}", data, size, width=width, height=height)
+                                    for width, height in sizes], **fields)
+        more = {"file_name": name} if name is not None else {}
+        more.update({"mime_type": mime} if mime else {})
+        if kind in ("voice", "audio", "video", "video_note", "animation"):
+            more["duration"] = 3
+        if kind == "sticker":
+            more.update(type="regular", width=512, height=512, is_animated=False, is_video=False)
+        if kind in ("video", "animation"):
+            more.update(width=320, height=240)
+        if kind == "video_note":
+            more["length"] = 240
+        content = {kind: self.new_file(kind, data, size, **more)}
+        if kind == "animation":
+            content["document"] = content["animation"]
+        return self.post(**content, **fields)
+
+    def album(self, *files, caption=None, **fields):
+        """Send several files as one album: each a dict of send_file's arguments. The first has the caption."""
+        group = f"album{self.next_id()}"
+        captions = [{"caption": caption}] + [{}] * len(files) if caption else [{}] * len(files)
+        return [self.send_file(**file, **text, **fields, media_group_id=group) for file, text in zip(files, captions)]
+
+    def redeliver(self, message):
+        """Deliver the update of a message once more, under its old id, whatever was acknowledged."""
+        with self.changed:
+            self.redelivered.append(self.update_of(message))
+            self.changed.notify_all()
+
+    def update_of(self, message):
+        return next(update for update in self.sent_updates
+                    if message in (update, update.get("message"), update.get("callback_query")))
+
+    def is_acknowledged(self, message):
+        """True when the bot has told that it has this message."""
+        return self.update_of(message)["update_id"] < self.acknowledged
+
+    # -- what the bot did
+
+    def mark(self):
+        """This moment, for `after`."""
+        return len(self.calls)
+
+    def position(self, after):
+        if after is None or isinstance(after, int):
+            return after or 0
+        if isinstance(after, Call):
+            return after.number + 1
+        return self.positions[after["id"] if "data" in after else (after["chat"]["id"], after["message_id"])]
+
+    def find(self, method=None, containing=None, thread=ANY, user=None, after=None, when=None, ok=True):
+        """The calls of a method (or several; None: any lasting message), in order.
+
+        `after`: a call, a message or a mark(). `ok`: True for those carried out, False for those refused, None for
+        all that arrived. `when`: a function of the call.
+        """
+        methods = LASTING if method is None else (method,) if isinstance(method, str) else method
+        with self.changed:
+            return [call for call in self.calls[self.position(after):]
+                    if call.method in methods
+                    and (ok is None or call.ok is ok)
+                    and (thread is ANY or call.thread == thread)
+                    and (user is None or call.params.get("chat_id") == user["id"])
+                    and (containing is None or containing in call.text)
+                    and (when is None or when(call))]
+
+    def wait_until(self, condition, timeout=10, what="the condition"):
+        """Wait for `condition()` to be true, looking again after each call; returns what it returned."""
+        deadline = time.monotonic() + timeout
+        with self.changed:
+            while not (result := condition()):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise AssertionError(f"{what} did not happen in {timeout} s.\n{self.recent()}")
+                self.changed.wait(min(remaining, 0.05))
+            return result
+
+    def wait_for(self, method=None, *, timeout=10, count=1, **which):
+        """Wait for a call; returns it, or the `count`-th of them. See find() for which."""
+        what = f"{method or 'a lasting message'} ({which})"
+        return self.wait_until(lambda: self.find(method, **which)[count - 1:], timeout, what)[0]
+
+    def answer(self, containing=None, thread=ANY, **which):
+        """Wait for a lasting message; returns the call."""
+        return self.wait_for(None, containing=containing, thread=thread, **which)
+
+    def texts(self, thread=ANY, **which):
+        """The lasting messages so far, as texts."""
+        return [call.text for call in self.find(thread=thread, **which)]
+
+    def drafts(self, thread=ANY, **which):
+        return self.find(DRAFT, thread=thread, **which)
+
+    def recent(self, count=15):
+        polls = len([call for call in self.calls if call.method == "getUpdates"])
+        calls = [str(call) for call in self.calls if call.method != "getUpdates"][-count:]
+        return "\n".join([f"{polls} polls; the last {len(calls)} other calls:"] + calls)
+
+
+def png(width=4, height=4):
+    """A PNG image."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + b"\x80" * width) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The harness: `python bot.py` as a process between the two
+# ---------------------------------------------------------------------------------------------------------
+
+REPO = Path(__file__).resolve().parent
+KIRO_COMMAND = f"{shlex.quote(sys.executable)} -m {Path(__file__).stem} acp --agent-engine v2"
+
+
+def wait_until(condition, timeout=10, what="the condition"):
+    """Wait for `condition()` to be true; returns what it returned. For what announces nothing: processes, files."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what() if callable(what) else what}: not in {timeout} s")
+        time.sleep(0.005)
+    return result
+
+
+def processes_with(mark):
+    """The living processes that have the bytes `mark` in their environment."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.add(int(process.name))
+    return found
+
+
+class Bot:
+    """The bot in a folder of its own; settings are given as keywords and written to its `.env`."""
+
+    def __init__(self, folder, telegram, **settings):
+        self.folder = Path(folder) / "bot"
+        self.home = Path(folder) / "home"
+        self.control = Path(folder) / "control"
+        for path in (self.folder, self.home, self.control):
+            path.mkdir(parents=True, exist_ok=True)
+        self.telegram = telegram
+        self.process = None
+        self.others = set()  # processes of this folder that are neither the bot nor agents: run()
+        self.frames, self.frames_read = [], 0
+        self.log_path = Path(folder) / "log"
+        self.log_path.touch()
+        self.settings = {
+            "BOT_TOKEN": TOKEN,
+            "ALLOWED_TELEGRAM_IDS": f"{ALICE['id']},{BOB['id']}",
+            "TELEGRAM_API_URL": telegram.url if telegram else "http://127.0.0.1:9",
+            "KIRO_COMMAND": KIRO_COMMAND,
+        }
+        self.set(**settings)
+
+    # -- running it
+
+    def set(self, **settings):
+        """Write `.env`; None takes a setting out."""
+        self.settings.update(settings)
+        lines = [f"{name}={value}\n" for name, value in self.settings.items() if value is not None]
+        (self.folder / ".env").write_text("".join(lines))
+
+    def environment(self):
+        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", "PYTHONPATH": str(REPO),
+                "KIRO_STAND_IN": str(self.control)}
+
+    def command(self, *arguments):
+        return [sys.executable, str(REPO / "bot.py"), *arguments]
+
+    def start(self, wait=True, **settings):
+        """Start the bot, and wait until it polls."""
+        self.set(**settings)
+        before = self.telegram.mark()
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(self.command(), cwd=self.folder, env=self.environment(), stdout=log,
+                                            stderr=log, stdin=subprocess.DEVNULL)
+        if wait:
+            self.telegram.wait_until(lambda: self.has_polled(before), 15, "the bot's first poll")
+        return self
+
+    def has_polled(self, mark):
+        if self.process.poll() is not None:
+            raise AssertionError(f"the bot ended with status {self.process.returncode}:\n{self.log()}")
+        return self.telegram.find("getUpdates", after=mark, ok=None)
+
+    def run(self, *arguments, input="", timeout=30, **settings):
+        """Run `bot.py` with these arguments to its end; returns the CompletedProcess, with its output as text."""
+        self.set(**settings)
+        return subprocess.run(self.command(*arguments), cwd=self.folder, env=self.environment(), input=input,
+                              capture_output=True, text=True, timeout=timeout)
+
+    def stop(self, timeout=5, by=signal.SIGTERM):
+        """End the bot in the orderly way; returns the seconds that it took."""
+        begun = time.monotonic()
+        self.process.send_signal(by)
+        self.ended(timeout)
+        return time.monotonic() - begun
+
+    def ended(self, timeout=5):
+        """Wait for the bot to end; returns its exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the bot did not end in {timeout} s:\n{self.log()}") from None
+
+    def kill(self):
+        """End the bot as a power failure would."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self, **settings):
+        if self.running():
+            self.stop()
+        return self.start(**settings)
+
+    def running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def close(self):
+        """End everything, and look for what must not have been."""
+        print(self.log())
+        try:
+            if self.running():
+                self.stop()
+            wait_until(lambda: not self.agents(), 5, lambda: f"the end of the agents {self.agents()}")
+            self.check()
+        finally:
+            self.clean_up()
+
+    def check(self):
+        """No violations, no traceback, and the token nowhere."""
+        violations = [entry["frame"] for entry in self.wire("violation")]
+        assert not self.telegram.violations + violations
+        assert "Traceback" not in self.log()
+        assert TOKEN not in self.log()
+        for entry in self.wire("start"):
+            assert TOKEN not in json.dumps(entry["frame"])
+
+    def clean_up(self):
+        if self.running():
+            self.kill()
+        for pid in self.agents():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    # -- looking at it
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def wait_log(self, text, timeout=10):
+        wait_until(lambda: text in self.log(), timeout, lambda: f"{text!r} in the log:\n{self.log()}")
+
+    def database(self, query="SELECT * FROM sessions", *values):
+        """The rows of a query as dicts."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.folder}/tg-acp.db?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute(query, values)]
+
+    def workspace(self, thread=0, user=ALICE):
+        return self.folder / "workspaces" / str(user["id"]) / str(thread)
+
+    def proc(self, name):
+        return Path(f"/proc/{self.process.pid}") / name
+
+    def status(self, name):
+        """A number of /proc/PID/status, such as VmRSS (kB) or Threads."""
+        return int(re.search(rf"^{name}:\s*(\d+)", self.proc("status").read_text(), re.MULTILINE)[1])
+
+    def threads(self):
+        return self.status("Threads")
+
+    def rss(self):
+        """Resident memory in MB."""
+        return self.status("VmRSS") / 1024
+
+    def fds(self):
+        return len(list(self.proc("fd").iterdir()))
+
+    def cpu(self):
+        """Seconds of processor time so far, without children."""
+        fields = self.proc("stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    # -- its agents
+
+    def habits(self, **habits):
+        """Switch bad habits on (see Habits), those that were on before off; also starts counting `times` anew."""
+        for claimed in self.control.glob("claimed.*"):
+            claimed.unlink()
+        new = self.control / "habits.new"
+        new.write_text(json.dumps(habits))
+        new.replace(self.control / "habits.json")
+
+    def open_gate(self, name):
+        """Let what waits for this gate go on."""
+        (self.control / name).touch()
+
+    def control_file(self, name, content):
+        """Put a text where `!recite` finds it."""
+        (self.control / name).write_text(content, encoding="utf-8", newline="")
+
+    def agents(self):
+        """The pids of all processes that descend from agents of this bot, also what `!spawn` left."""
+        own = {self.process.pid} if self.process else set()
+        return processes_with(b"KIRO_STAND_IN=" + os.fsencode(self.control)) - own
+
+    def wait_agents(self, count, timeout=10):
+        """Wait until exactly so many processes are there; returns their pids."""
+        wait_until(lambda: len(self.agents()) == count, timeout, lambda: f"{count} agents rather than {self.agents()}")
+        return self.agents()
+
+    def wire(self, direction=None, method=None, pid=None, when=None):
+        """The entries of the wire: dicts with pid, t, dir (in, out, start, exit, violation) and frame."""
+        self.read_wire()
+        return [entry for entry in self.frames
+                if (direction is None or entry["dir"] == direction)
+                and (method is None or isinstance(entry["frame"], dict) and entry["frame"].get("method") == method)
+                and (pid is None or entry["pid"] == pid)
+                and (when is None or when(entry))]
+
+    def read_wire(self):
+        """Take in the whole lines that were added since the last time."""
+        with contextlib.suppress(FileNotFoundError), open(self.control / "wire.jsonl", "rb") as file:
+            file.seek(self.frames_read)
+            lines = file.read()
+            whole = lines[:lines.rfind(b"\n") + 1]
+            self.frames.extend(json.loads(line) for line in whole.splitlines())
+            self.frames_read += len(whole)
+
+    def wait_wire(self, direction="in", method=None, *, count=1, timeout=10, pid=None, when=None):
+        """Wait for an entry of the wire; returns it, or the `count`-th of them."""
+        return wait_until(lambda: self.wire(direction, method, pid, when)[count - 1:], timeout,
+                          lambda: f"{direction} {method}, {count} times, on the wire; it has\n{self.recent_wire()}")[0]
+
+    def recent_wire(self, count=15):
+        return "\n".join(json.dumps(entry)[:300] for entry in self.wire()[-count:])
+
+    def prompts(self):
+        """The text of each prompt that agents got."""
+        return ["\n".join(block.get("text", f"[{block['type']}]") for block in entry["frame"]["params"]["prompt"])
+                for entry in self.wire("in", "session/prompt")]
+
+    def wait_prompt(self, containing, timeout=10):
+        """Wait for a prompt with this text; returns its entry of the wire."""
+        return self.wait_wire("in", "session/prompt", timeout=timeout,
+                              when=lambda entry: containing in json.dumps(entry["frame"], ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------------------
+
+
+def bench():
+    """Measure the bot between the stand-ins, and print the medians."""
+    raise SystemExit("not written yet")
+
+
+if __name__ == "__main__":
+    raise SystemExit(bench())
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: fixtures
+# ---------------------------------------------------------------------------------------------------------
+
+import pytest
+
+
+@pytest.fixture
+def telegram():
+    with Telegram() as telegram:
+        yield telegram
+
+
+@pytest.fixture
+def make_bot(tmp_path, telegram):
+    """Makes bots that are not started yet: make_bot(**settings)."""
+    bots = []
+
+    def make(folder="", **settings):
+        bots.append(Bot(tmp_path / folder, telegram, **settings))
+        return bots[-1]
+
+    yield make
+    for bot in bots:
+        bot.close()
+
+
+@pytest.fixture
+def start(make_bot):
+    """Starts bots: start(**settings)."""
+    return lambda **settings: make_bot(**settings).start()
+
+
+@pytest.fixture
+def bot(start):
+    """A bot with the usual settings, running."""
+    return start()
+
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: a session
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_topic_keeps_its_session(telegram, bot):
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    telegram.write("again", thread=7)
+    telegram.answer("echo: again", thread=7)
+    bot.wait_wire("in", "session/load")
+    assert len(bot.wire("in", "session/new")) == 1
