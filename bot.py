@@ -28,13 +28,22 @@ stderr, and a waiter, which alone ends what is left of the process and gives its
 
 Locks, each held for a moment and never across a network call: `Conversation.lock` (what waits, the turn, its permission
 requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is gone),
-`Bot._lock` (the table of conversations), and the database's own.
+`Bot._lock` (the table of conversations), `Bot.spawning` (no process starts unseen while the bot closes), and the database's
+own.
 
 Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of the project's notes on
 kiro-cli's ACP mode and on the Bot API, where their sources are.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # CPython keeps the syntax tree of the file that it runs for as long as it runs, 8 MB here; a module's it does not.
+    RUN = "import os, sys; sys.path[0] = os.path.dirname(sys.argv[1]); import bot; bot.start(sys.argv[2:])"
+    os.execv(sys.executable, [sys.executable, "-c", RUN, os.path.abspath(__file__), *sys.argv[1:]])
 
 import argparse
 import base64
@@ -44,11 +53,11 @@ import json
 import logging
 import math
 import mimetypes
-import os
 import queue
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -56,7 +65,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import termios
 import threading
@@ -197,11 +205,14 @@ class Redacted(logging.Formatter):
 
     def __init__(self, token: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._secret = token.partition(":")[2]
+        secret = token.partition(":")[2]
+        self._secrets = [token, token.replace(":", "%3A"), *([secret] if len(secret) >= 8 else [])] if token else []
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        return line.replace(self._secret, "<token>") if self._secret else line
+        for secret in self._secrets:
+            line = line.replace(secret, "<token>")
+        return line
 
 
 def set_up_logging(settings: Settings) -> None:
@@ -211,6 +222,7 @@ def set_up_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     telebot.logger.handlers.clear()
     telebot.logger.setLevel(max(logging.getLevelName(settings.log_level), logging.INFO))   # its DEBUG logs every answer
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)     # it warns of every connection it closes
     threading.excepthook = lambda args: log.critical("A thread ended unexpectedly", exc_info=args[:3])
 
 
@@ -462,11 +474,12 @@ class Bot:
         self.settings = settings
         self.store = store
         self.closing = threading.Event()       # no new turns, no repeats
-        self.finished = threading.Event()      # main may end the program
         self.exit_status = 0
+        self._bell, self.bell_handle = os.pipe()   # main waits for a byte: a lock would not always let a signal through
         self.telegram = Telegram(settings, self.closing)
         self.places = Places(settings.max_processes)
         self.processes: "set[Kiro]" = set()    # started and not gone; each has a waiter that ends it
+        self.spawning = threading.Lock()       # so that none is started unseen while the bot closes
         self.permissions: "dict[str, Conversation]" = {}   # open questions by their token
         self._conversations: "dict[tuple[int, int], Conversation]" = {}
         self._lock = threading.Lock()
@@ -507,7 +520,11 @@ class Bot:
         """End the program with this exit status."""
         log.log(logging.ERROR if status else logging.INFO, "%s", reason)
         self.exit_status = status
-        self.finished.set()
+        os.write(self.bell_handle, b"!")
+
+    def rings(self, seconds: float) -> bool:
+        """Wait until the program should end, at most so long; say whether it should."""
+        return bool(select.select([self._bell], [], [], seconds)[0])
 
     def recover(self) -> None:
         """Take up what a former run left: unfinished turns first, then the messages that still wait."""
@@ -530,6 +547,8 @@ class Bot:
         """Within two seconds: cancel and end of stdin for all children, TERM, KILL; keep what was said for the cards."""
         self.closing.set()
         began = time.monotonic()
+        with self.spawning:
+            pass                               # whoever was starting a process has listed it
         for kiro in list(self.processes):
             kiro.cancel()
             kiro.end(patience=None)
@@ -615,7 +634,10 @@ class Commands:
             self._bot.errand(self._model_pressed, press, int(match[1]), match[2])
 
     def _reply(self, incoming: Incoming, text: str, buttons: "Optional[list]" = None) -> None:
-        self._bot.conversation(*incoming.key).chat.say(text, buttons)
+        conversation = self._bot.conversation(*incoming.key)
+        conversation.chat.say(text, buttons)
+        if conversation.turn:
+            conversation.post("wake")          # the message hides the draft
         self._bot.store.done(incoming.update_id)
 
     def _stop(self, incoming: Incoming, stopping: bool) -> None:
@@ -1077,7 +1099,7 @@ class Conversation:
         if wanted:
             text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
         else:
-            text = f"Model for this topic: {chosen}. Choose with a button or /model NAME:"
+            text = f"Model for this topic: {chosen}. Choose with /model NAME or here:"
         label = {name: label for name, label in self.models.offered}
         return text, [[(("✓ " if name == chosen else "") + label[name], f"model:{self.thread_id}:{model_key(name)}")]
                       for name in names]
@@ -1157,7 +1179,9 @@ class Conversation:
         kiro.kept_warm = True
         self.places.keep_warm(self, kiro)
         while self.kiro is kiro and self.turn is None and not self.unfinished:
-            if time.monotonic() >= self._warm_until:
+            if kiro.exit_noticed:
+                log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
+            if kiro.exit_noticed or time.monotonic() >= self._warm_until:
                 return self._end_kiro()
             self._pump(self._warm_until)
 
@@ -1209,10 +1233,6 @@ class Conversation:
         kiro.exit_noticed = True
         if kiro in self._old:
             self._old.remove(kiro)
-        elif kiro is self.kiro and kiro.kept_warm:
-            log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
-            self.places.claim(self)
-            self.kiro = None
 
     def _on_response(self, kiro: Kiro, frame: dict) -> None:
         kiro.responses[frame["id"]] = frame
@@ -1345,7 +1365,7 @@ class Conversation:
         self._check_stop()
         while True:
             if self.kiro is None or self.kiro.gone.is_set():
-                self._end_kiro()
+                self._end_kiro()                 # a dead one is replaced, unnoticed
                 self._spawn()
             kiro = self.kiro
             try:
@@ -1698,6 +1718,8 @@ class Conversation:
         """Send the prompt and hear Kiro out.  The response ends the turn [acp 3.4]."""
         command = turn.messages[0].command if turn.messages else ""
         blocks = turn.prompt if command else turn.prompt + self._lesson(kiro)
+        turn.end_by = math.inf
+        turn.running.clear()
         request_id, turn.prompted_at = kiro.prompt(blocks)
         kiro.taught = not command
         while request_id not in kiro.responses:
@@ -1891,6 +1913,8 @@ class Conversation:
 
     def _warm_up(self) -> None:
         """Start the next process of this thread early, to hide the seconds that start and load take [acp 4.3]."""
+        if self.turn:                # it starts what it needs
+            return
         if not self.settings.warm_seconds or self._refusals:
             return self._end_kiro()
         self._warm_until = time.monotonic() + self.settings.warm_seconds
@@ -2187,14 +2211,10 @@ class Kiro:
     """
 
     def __init__(self, bot: Bot, workspace: str, post: "Callable[..., None]") -> None:
-        """Start the process.  Raises OSError."""
+        """Start the process.  Raises OSError, and Closing."""
         self._bot, self._post = bot, post
         self.workspace = workspace
         self.mark = f"{os.getpid()}.{secrets.token_hex(6)}"
-        self._popen = subprocess.Popen(
-            bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark), start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
-        self.pid = self._popen.pid
         self.started_at = self.heard_at = self.wrote_at = time.monotonic()
         self.agent: Optional[dict] = None        # its answer to initialize
         self.session_id = ""                     # once it is loaded
@@ -2214,7 +2234,14 @@ class Kiro:
         self._outgoing: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lock = threading.Lock()            # between a signal and the moment when the pid may be another's
         self._reaped = self._ending = False
-        bot.processes.add(self)
+        with bot.spawning:
+            if bot.closing.is_set():
+                raise Closing
+            self._popen = subprocess.Popen(
+                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark), start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
+            self.pid = self._popen.pid
+            bot.processes.add(self)
         self._reader = self._thread(self._read, "reader")
         self._stderr_reader = self._thread(self._drain, "stderr")
         self._thread(self._write, "writer")
@@ -2633,6 +2660,7 @@ UPLOAD_TIMEOUT = (10, 300)
 KEEP_ALIVE = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
               (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30), (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
               (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)]    # a connection that a NAT has dropped is noticed before it is used
+IDLE_CONNECTIONS = 4
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)
 SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's own
 ANSWER_SECONDS = 24 * 3600      # and on a part of an answer; it stays in the journal after that
@@ -2741,7 +2769,7 @@ class Telegram:
         self._session.proxies = requests.utils.get_environ_proxies(settings.api_url)
         self._session.trust_env = False        # looked up once, not for each request
         for prefix in ("http://", "https://"):
-            self._session.mount(prefix, requests.adapters.HTTPAdapter(pool_maxsize=32))
+            self._session.mount(prefix, requests.adapters.HTTPAdapter(pool_maxsize=IDLE_CONNECTIONS))
         urllib3.connection.HTTPConnection.default_socket_options = KEEP_ALIVE
         apihelper.API_URL = settings.api_url + "/bot{0}/{1}"
         apihelper.FILE_URL = settings.api_url + "/file/bot{0}/{1}"
@@ -3352,7 +3380,7 @@ def hard_breaks(text: str) -> str:
 
 START_SECONDS = 5 * 60          # how long to wait for Telegram at the start
 PURGE_SECONDS = 6 * 3600
-CHECK_SECONDS = 15
+CHECK_SECONDS = 3
 VERSION_SECONDS = 10
 CONSOLE_USER = CONSOLE_THREAD = 0
 
@@ -3447,10 +3475,12 @@ def serve(settings: Settings) -> int:
     make_private(settings.folder / ".env", settings.folder / DATABASE)
     with open_store(settings.folder / DATABASE) as store:
         bot = Bot(settings, store)
+        os.set_blocking(bot.bell_handle, False)
+        signal.set_wakeup_fd(bot.bell_handle)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: bot.finished.set())
+            signal.signal(number, lambda *_: None)     # the bell rings
         threading.Thread(target=run, args=(bot,), name="poll", daemon=True).start()
-        while not bot.finished.wait(PURGE_SECONDS):
+        while not bot.rings(PURGE_SECONDS):
             purge(store)
         bot.shut_down()
     log.info("Stopped")
@@ -3608,7 +3638,7 @@ class Console:
             self._bot.store.receive([row])
             self._conversation.add(incoming)
             self._attend()
-        if incoming.command == "model":
+        if incoming.command == "model" and not incoming.argument:
             print(*(f"  {name}" for name in self._conversation.model_names()), sep="\n")
 
     def _attend(self) -> None:
@@ -3768,8 +3798,9 @@ def load_settings(folder: Path, need_token: bool) -> Settings:
     return settings
 
 
-if __name__ == "__main__":
-    status = main(sys.argv[1:])
+def start(arguments: "list[str]") -> None:
+    """Run the program and end it."""
+    status = main(arguments)
     sys.stdout.flush()
     logging.shutdown()
     os._exit(status)     # not sys.exit: threads that still wait for the network must not keep the program

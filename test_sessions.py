@@ -1134,8 +1134,10 @@ import shlex
 import socket
 import socketserver
 import sqlite3
+import statistics
 import struct
 import subprocess
+import tempfile
 import urllib.parse
 import zlib
 from dataclasses import dataclass, field as attribute
@@ -2442,9 +2444,96 @@ class Bot:
 # ---------------------------------------------------------------------------------------------------------
 
 
+SLOW_AGENT = dict(start={"delay": 0.5}, new={"delay": 0.8}, load={"delay": 0.4})
+ROUNDS = 15
+
+
 def bench():
-    """Measure the bot between the stand-ins, and print the medians."""
-    raise SystemExit("not written yet")
+    """Measure the bot between the stand-ins, with an agent as slow as Kiro, and print the medians."""
+    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+        bot = Bot(folder, telegram, MAX_PROCESSES=4)
+        bot.habits(**SLOW_AGENT)
+        bot.start()
+        time.sleep(1)
+        idle = bot.rss()
+        rounds = [one_round(telegram, bot, n) for n in range(ROUNDS)]
+        cold = [cold_start(telegram, bot, thread) for thread in range(100, 100 + ROUNDS // 3)]
+        report("follow-up: update -> session/prompt", 10, [r["prompt"] for r in rounds], "ms")
+        report("update -> first draft", 20, [r["draft"] for r in rounds] + [r["draft"] for r in cold], "ms")
+        report("Kiro's response -> lasting answer", 30, [r["answer"] for r in rounds], "ms")
+        report("cold: beyond Kiro's own start and load", 60, [r["prompt"] - 1300 for r in cold], "ms")
+        report("resident memory, idle", 42, [idle], "MB")
+        for chunks in (20_000, 40_000):
+            report(f"processor time for {chunks} chunks", 0.8 * chunks / 20_000, [chunk_cost(telegram, bot, chunks)], "s")
+        bot.kill()
+    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+        thirty_topics(Bot(folder, telegram, WARM_SECONDS=2).start(), telegram)
+    return 0
+
+
+def report(what, at_most, values, unit):
+    """Print one row of the table: the median, what it should be at most, and the worst."""
+    print(f"{what:42} {statistics.median(values):8.2f} {unit}   at most {at_most:g}, worst {max(values):.2f}", flush=True)
+
+
+def one_round(telegram, bot, n):
+    """A follow-up in a topic whose next process is ready; returns milliseconds."""
+    if n == 0:
+        cold_start(telegram, bot, 7)
+    loads = len(bot.wire("out", when=is_load_response))
+    bot.wait_wire("out", when=is_load_response, count=n + 1)
+    time.sleep(0.1)
+    return timed(telegram, bot, f"round {n}, {loads} loads", 7)
+
+
+def is_load_response(entry):
+    """Is it the response that names the modes without a sessionId, as only that to session/load does?"""
+    result = isinstance(entry["frame"], dict) and entry["frame"].get("result")
+    return isinstance(result, dict) and "modes" in result and "sessionId" not in result
+
+
+def cold_start(telegram, bot, thread):
+    """The first message of a topic."""
+    return timed(telegram, bot, f"cold {thread}", thread)
+
+
+def timed(telegram, bot, text, thread):
+    """Send a message; returns how long it took to the prompt, to the draft, and from Kiro's response to the answer."""
+    begun, mark = time.monotonic(), telegram.mark()
+    telegram.write(text, thread=thread)
+    answer = telegram.wait_for("sendMessage", containing=f"echo: {text}", thread=thread, after=mark)
+    draft = telegram.wait_for("sendMessageDraft", thread=thread, after=mark)
+    prompt = bot.wait_prompt(text)
+    response = bot.wait_wire("out", pid=prompt["pid"], when=lambda e: "stopReason" in str(e["frame"].get("result")))
+    return {"prompt": 1000 * (prompt["t"] - begun), "draft": 1000 * (draft.time - begun),
+            "answer": 1000 * (answer.time - response["t"])}
+
+
+def chunk_cost(telegram, bot, chunks):
+    """Seconds of processor time that the bot needs for an answer of so many chunks of nine bytes."""
+    before, mark = bot.cpu(), telegram.mark()
+    telegram.write(f"!chunks {chunks} 9\n!say the end", thread=7)
+    telegram.wait_for(containing="the end", thread=7, after=mark, timeout=60)
+    return bot.cpu() - before
+
+
+def thirty_topics(bot, telegram):
+    """Use thirty topics once, and see the bot go back to where it was."""
+    telegram.write("warm up", thread=1)
+    telegram.answer("echo: warm up", thread=1)
+    bot.wait_agents(0)
+    time.sleep(0.5)
+    before = bot.rss(), bot.threads(), bot.fds()
+    for thread in range(2, 32):
+        telegram.write("hello", thread=thread)
+    for thread in range(2, 32):
+        telegram.answer("echo: hello", thread=thread, timeout=60)
+    bot.wait_agents(0)
+    time.sleep(0.5)
+    after = bot.rss(), bot.threads(), bot.fds()
+    print("thirty topics used once: memory {:.1f} -> {:.1f} MB, threads {} -> {}, descriptors {} -> {}".format(
+        *(number for pair in zip(before, after) for number in pair)))
+    bot.stop()
 
 
 if __name__ == "__main__":
@@ -2502,3 +2591,128 @@ def test_a_topic_keeps_its_session(telegram, bot):
     telegram.answer("echo: again", thread=7)
     bot.wait_wire("in", "session/load")
     assert len(bot.wire("in", "session/new")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: the first five minutes
+# ---------------------------------------------------------------------------------------------------------
+
+
+def readme():
+    return (REPO / "README.md").read_text()
+
+
+def test_the_start_says_in_one_line_each_what_was_found(telegram, make_bot):
+    telegram.topics_enabled = False
+    bot = make_bot().start()
+    for what in ("Kiro: ", "pyTelegramBotAPI: 4.", "Bot: @", "topics are off (switch them on", "Allowed: 1001, 1002",
+                 f"Folder: {bot.folder}/workspaces", "tg-acp.db, 0 sessions"):
+        assert what in bot.log()
+    lines = bot.log().count("\n")
+    telegram.write("hello")
+    telegram.answer("echo: hello")
+    bot.wait_log("Turn of 1001/0: ")
+    assert bot.log().count("\n") == lines + 1
+
+
+def test_a_check_finds_everything_in_order(telegram, make_bot):
+    bot = make_bot()
+    result = bot.run("--check")
+    assert result.returncode == 0, result.stdout
+    assert "FAIL" not in result.stdout and "made a session; models: auto, " in result.stdout
+    assert not (bot.folder / "tg-acp.db").exists()
+
+
+@pytest.mark.parametrize("trouble, told", [
+    (dict(KIRO_COMMAND="no-such-kiro acp"), "FAIL  Kiro: KIRO_COMMAND: no-such-kiro is not found"),
+    (dict(KIRO_COMMAND="sh -c 'echo error: You are not logged in >&2; exit 1'"), "kiro-cli login --use-device-flow"),
+    (dict(TELEGRAM_API_URL="http://127.0.0.1:9"), "FAIL  Telegram: Telegram can't be reached"),
+    (dict(BOT_TOKEN="123456:another-token"), "FAIL  Telegram: BOT_TOKEN is not accepted"),
+])
+def test_a_check_says_what_is_wrong(make_bot, trouble, told):
+    result = make_bot().run("--check", **trouble)
+    assert result.returncode == 1
+    assert told in result.stdout and "Traceback" not in result.stderr
+
+
+def test_a_check_names_stale_locks_and_leaves_them(telegram, make_bot):
+    bot = make_bot(WARM_SECONDS=0).start()
+    telegram.write("!say a word\n!kill")
+    telegram.answer("Kiro has exited")
+    bot.stop()
+    lock, = bot.home.glob(".kiro/sessions/cli/*.json")
+    lock = lock.with_suffix(".lock")
+    lock.write_text('{"pid": 999999999, "started_at": "2026-01-01T00:00:00Z"}')
+    assert f"stale, removed at the next message: {lock.stem}" in bot.run("--check").stdout
+    assert lock.exists()
+
+
+def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
+    bot = make_bot(BOT_TOKEN=None)
+    lines = ["hello", "/status", "/model", "/model auto", "!ask Do it", "1", "!file a.txt hi",
+             '!say see <send_file path="a.txt">this</send_file>', "/new", "last"]
+    result = bot.run("--console", input="\n".join(lines) + "\n")
+    assert result.returncode == 0, result.stderr
+    expected = ["echo: hello", "Session: ", "  claude-", "Model for this topic: auto, from", "1. Yes", "permission: allow_once",
+                "a.txt] this", "new session", "echo: last"]
+    places = [result.stdout.index(what) for what in expected]
+    assert places == sorted(places)
+    assert "<send_file" not in result.stdout
+    assert bot.database("SELECT user_id, thread_id FROM sessions") == [{"user_id": 0, "thread_id": 0}]
+
+
+def test_the_console_leaves_a_running_bot_alone(telegram, bot):
+    telegram.write("!say working\n!wait go", thread=7)
+    telegram.wait_for("sendMessageDraft", containing="working", thread=7)
+    assert "echo: from the console" in bot.run("--console", input="from the console\n").stdout
+    bot.open_gate("go")
+    telegram.answer("working", thread=7)
+    assert not telegram.find(containing="console")
+
+
+def test_ctrl_c_stops_a_turn_of_the_console(make_bot):
+    bot = make_bot(BOT_TOKEN=None)
+    with subprocess.Popen(bot.command("--console"), cwd=bot.folder, env=bot.environment(), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as console:
+        console.stdin.write("!say so far\n")
+        console.stdin.flush()
+        bot.wait_prompt("so far")
+        console.stdin.write("!silence\nnext\n")
+        console.stdin.flush()
+        bot.wait_prompt("!silence")
+        console.send_signal(signal.SIGINT)
+        bot.wait_prompt("next")
+        out, _ = console.communicate(timeout=10)
+    assert console.returncode == 0
+    assert "so far" in out and "Stopped" in out and "echo: next" in out
+
+
+def test_the_help_describes_the_modes(make_bot):
+    result = make_bot().run("--help")
+    assert result.returncode == 0
+    assert "--check" in result.stdout and "--console" in result.stdout and "conversation code" not in result.stderr
+
+
+def test_the_example_settings_work_once_two_values_are_filled_in(telegram, make_bot):
+    bot = make_bot()
+    example = (REPO / ".env.example").read_text()
+    for name in ("BOT_TOKEN", "ALLOWED_TELEGRAM_IDS"):
+        example = example.replace(f"\n{name}=\n", f"\n{name}={bot.settings[name]}\n")
+    example = example.replace("https://api.telegram.org", telegram.url)
+    (bot.folder / ".env").write_text(example)
+    bot.set = lambda **settings: None
+    bot.start()
+    telegram.write("hello")
+    telegram.answer("kiro-cli")
+
+
+def test_the_readme_and_the_example_name_each_setting_with_its_default():
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `?([^`|]*?)`? \|", readme(), re.M))
+    example = dict(re.findall(r"^([A-Z_]+)=(.*)$", (REPO / ".env.example").read_text(), re.M))
+    assert set(rows) == set(example)
+    assert {name: value for name, value in rows.items() if example[name]} == {n: v for n, v in example.items() if v}
+
+
+def test_the_ci_runs_the_readmes_test_command():
+    command, = re.findall(r"^(python3 -m venv .*pytest.*)$", readme(), re.M)
+    assert command in (REPO / ".ci/run").read_text()
