@@ -602,7 +602,7 @@ class Commands:
             self._bot.errand(self._reply, incoming, HELP)
         elif incoming.command == "status":
             self._bot.errand(self._status, incoming)
-        elif incoming.command == "model" and conversation.models:
+        elif incoming.command == "model" and conversation.model_names():
             self._bot.errand(self._model, incoming)
         elif incoming.message.content_type in MESSAGE_KINDS and not is_animated(incoming.message):
             conversation.add(incoming)
@@ -917,6 +917,33 @@ class Turn:
         self.frame_at: Optional[float] = None  # when the last frame was sent
         self.stale = True                      # the draft is not what it should be
 
+    def hear(self, update: dict) -> None:
+        """Take in a session/update; kinds that say nothing about the answer are left aside [acp 3.5]."""
+        kind = update.get("sessionUpdate")
+        if kind == "agent_message_chunk":
+            content = update.get("content")
+            text = content.get("text") if isinstance(content, dict) else None
+            if isinstance(text, str) and text:
+                self.say(text)
+                self.end_by = time.monotonic() + INTERRUPTED_SECONDS if text.strip() == INTERRUPTED else math.inf
+        elif kind in ("tool_call", "tool_call_update"):
+            self._hear_tool(update)
+        elif kind == "turn_end":
+            self.end_by = time.monotonic() + AFTERWORD_SECONDS
+
+    def _hear_tool(self, update: dict) -> None:
+        """A tool call begins, tells something, or ends; v2 gives no status at its beginning."""
+        tool_id = str(update.get("toolCallId"))
+        call = self.tools.setdefault(tool_id, {})
+        call.update({key: update[key] for key in ("title", "kind", "rawInput") if update.get(key) is not None})
+        if update.get("status") in ("completed", "failed"):
+            self.running.pop(tool_id, None)
+        else:
+            self.running[tool_id] = str(call.get("title") or call.get("kind") or "a tool")
+        self.heard = self.gap = self.stale = True
+        self.attempt = len(self.pieces)
+        self.end_by = math.inf
+
     def say(self, text: str) -> None:
         """Add a piece of the answer, set apart when a tool lies between."""
         if self.length > ANSWER_AT_MOST:
@@ -938,6 +965,240 @@ class Turn:
         self.stale = True
 
 
+class Link:
+    """A conversation's hold on Kiro: the process for this or the next turn, and those that are still ending.
+
+    Used on the conversation's thread only; while it waits, it lets the conversation handle what happens.
+    """
+
+    def __init__(self, talk: Conversation) -> None:
+        self._talk, self._key = talk, (talk.user_id, talk.thread_id)
+        self._bot, self._settings, self._store, self._places = talk.bot, talk.settings, talk.store, talk.places
+        self.kiro: Optional[Kiro] = None
+        self.former: "list[Kiro]" = []          # they may still hold the session's lock
+        self.models: Optional[Models] = None    # what Kiro told last
+        self._lost = ""                         # a session that Kiro does not have any more
+        self._no_load_told = False
+
+    def ready(self) -> Kiro:
+        """Return a process with the thread's session loaded and its model set; each step is done once.
+
+        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
+        """
+        self._talk.check_stop()
+        while True:
+            if self.kiro is None or self.kiro.gone.is_set():
+                self.let_go()                 # a dead one is replaced, unnoticed
+                self.start()
+            kiro = self.kiro
+            try:
+                if kiro.agent is None:
+                    kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+                if not kiro.session_id:
+                    self._open_session(kiro)
+                self.apply_model(kiro)
+                return kiro
+            except SessionLost:
+                self.let_go(at_once=True)
+
+    def start(self) -> None:
+        self._take_place()
+        try:
+            self.kiro = Kiro(self._bot, self.workspace(), self._talk.post)
+        except (OSError, ValueError) as error:
+            self._places.give_back()
+            reason = getattr(error, "strerror", None) or error
+            raise KiroFailure(f"Kiro could not be started: {reason} ({self._settings.kiro_command[0]}). Check KIRO_COMMAND on "
+                              "the server.") from error
+        if self._talk.turn is None:
+            self.kiro.kept_warm = True
+            self._places.keep_warm(self._talk, self.kiro)
+
+    def _take_place(self) -> None:
+        """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
+        if self._talk.turn is None and self._places.try_take():
+            return
+        if self._talk.turn is None:
+            self._await_former()        # which may free its place
+        if self._talk.turn is None:
+            if self._places.try_take():
+                return
+            raise NoPlace
+        ticket = self._places.ask(self._talk)
+        status, self._talk.turn.status = self._talk.turn.status, f"Waiting for a free place ({self._places.count} topics are busy)…"
+        try:
+            while not ticket.granted:
+                self._talk.wait(math.inf)
+        except BaseException:
+            self._places.withdraw(ticket)
+            raise
+        self._talk.turn.status, self._talk.turn.stale = status, self._talk.turn.frame_at is not None
+
+    def let_go(self, at_once: bool = False) -> None:
+        """Let go of the process: it ends by itself, or is ended by its waiter."""
+        kiro, self.kiro = self.kiro, None
+        if kiro is None:
+            return
+        self._places.claim(self._talk)
+        kiro.kept_warm = False
+        if not kiro.exit_noticed:
+            self.former.append(kiro)
+        kiro.end(patience=0 if at_once else END_SECONDS)
+
+    def _await_former(self) -> None:
+        """Wait until no former process holds the session's lock; their waiters see to it."""
+        limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
+        while self.former:
+            if time.monotonic() > limit:
+                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
+            self._talk.wait(limit)
+
+    def request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
+        """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
+
+        Raises KiroFailure; NoPlace when the process was given away meanwhile.
+        """
+        seconds = min(seconds, self._settings.silence_seconds)
+        if method not in kiro.in_flight:
+            kiro.in_flight[method] = kiro.request(method, params)
+        request_id, asked_at = kiro.in_flight[method]
+        while request_id not in kiro.responses:
+            self.check_alive(kiro, asked_at)
+            limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + 4 * seconds)
+            if time.monotonic() >= limit:
+                raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
+            self._talk.wait(min(limit, time.monotonic() + 1))
+        del kiro.in_flight[method]
+        frame = kiro.responses.pop(request_id)
+        if "error" in frame:
+            raise KiroRefusal(frame["error"])
+        return frame["result"] if isinstance(frame.get("result"), dict) else {}
+
+    def check_alive(self, kiro: Kiro, asked_at: float) -> None:
+        """Raise if the process can't answer any more: given away, gone, or deaf."""
+        if kiro is not self.kiro:
+            raise NoPlace
+        if kiro.exit_noticed:
+            raise kiro.failure()
+        patience = min(DEAF_SECONDS, self._settings.silence_seconds)
+        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
+            raise KiroGone(f"Kiro does not read what it is sent (for {patience:.0f} s).", again=True)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def default_workspace(self) -> str:
+        return str(self._settings.workspaces / str(self._key[0]) / str(self._key[1]))
+
+    def workspace(self) -> str:
+        """Return the thread's folder, made when it is missing: the one it had at first."""
+        record = self._store.get_session(*self._key)
+        path = record.workspace_path if record else self.default_workspace()
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
+        return os.path.realpath(path)
+
+    def _open_session(self, kiro: Kiro) -> None:
+        """Load the thread's session, or make one."""
+        record = self._store.get_session(*self._key)
+        had_history = bool(record) and self._store.get_facts(record.session_id)[0]
+        if record is None:
+            return self.new_session(kiro)
+        if record.session_id == self._lost:
+            self.new_session(kiro)
+            if had_history:
+                self._talk.note("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The "
+                                   "folder is as it was.")
+            return
+        if not kiro.can_load:
+            self.new_session(kiro)
+            if had_history and not self._no_load_told:
+                self._no_load_told = True
+                self._talk.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
+            return
+        try:
+            self._load_session(kiro, record)
+        except KiroFailure as failure:
+            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
+                raise
+            log.warning("Session %s of %s/%s is lost: %s", record.session_id, *self._key, failure)
+            self._lost = record.session_id
+            raise SessionLost from failure
+
+    def new_session(self, kiro: Kiro) -> None:
+        """Make a session for this thread; the chosen model stays."""
+        model = self._store.get_model(*self._key)
+        result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
+        session_id = result.get("sessionId")
+        if not isinstance(session_id, str) or not session_id:
+            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
+        self._store.upsert_session(*self._key, session_id, kiro.workspace)
+        if model != "auto":
+            self._store.set_model(*self._key, model)
+        self._talk.context, self._talk.context_told = None, False
+        self._opened(kiro, session_id, result)
+
+    def _load_session(self, kiro: Kiro, record: SessionRecord) -> None:
+        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
+        self._await_former()
+        params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
+        limit, pause = time.monotonic() + LOCK_SECONDS, 0.25
+        while True:
+            try:
+                result = self.request(kiro, "session/load", params, MISSING_SECONDS if is_missing(record.session_id) else SESSION_SECONDS)
+                break
+            except KiroRefusal as refusal:
+                pid = lock_holder(str(refusal))
+                if pid is None:
+                    raise
+                settle_lock(pid, record.session_id, self._settings)
+                if time.monotonic() > limit:
+                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
+            retry_at = time.monotonic() + pause
+            while time.monotonic() < retry_at:
+                self._talk.wait(retry_at)
+            pause = min(2 * pause, 2)
+        self._let_replay_end(kiro)
+        self._opened(kiro, record.session_id, result)
+
+    def _let_replay_end(self, kiro: Kiro) -> None:
+        """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
+        limit = time.monotonic() + REPLAY_SECONDS
+        while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
+            self._talk.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
+
+    def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
+        kiro.models = models_of(result)
+        self.models = kiro.models or self.models
+        kiro.session_id = session_id
+
+    def apply_model(self, kiro: Kiro) -> None:
+        """Make Kiro use the thread's model, if it does not already."""
+        wanted = self._store.get_model(*self._key)
+        models = kiro.models or (self.models._replace(current="") if self.models else None)
+        if models is None or wanted == models.current:
+            return
+        names = [name for name, _ in models.offered]
+        if wanted not in names:
+            if wanted != "auto":
+                self._store.set_model(*self._key, "auto")
+                self._talk.note(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
+            wanted = "auto"
+        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
+            return
+        if models.config_id is None:
+            method, params = "session/set_model", {"modelId": wanted}
+        else:
+            method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
+        kiro.models = models._replace(current=wanted)
+        try:
+            self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
+        except (KiroRefusal, KiroSilent) as failure:
+            kiro.in_flight.pop(method, None)
+            self._talk.note(f"⚠️ The model may not be {wanted}: {failure}")
+
+
 class Conversation:
     """What belongs to one (user, thread).
 
@@ -955,18 +1216,14 @@ class Conversation:
         self._running = False                   # is there a thread
         self._burst_seen = False                # the first message that has to wait got its reaction
         self._events: "queue.SimpleQueue[tuple]" = queue.SimpleQueue()
-        self.kiro: Optional[Kiro] = None        # the process for this or the next turn
-        self._old: "list[Kiro]" = []            # processes that are ending; they may still hold the session's lock
+        self.link = Link(self)
         self._warm_until = 0.0
-        self._lost = ""                         # a session that Kiro does not have any more
         self._notes: "list[str]" = []           # to be said with the next answer
         self._unsent: "list[str]" = []          # files that could not be sent, for Kiro to hear of
-        self.models: Optional[Models] = None    # what Kiro told last, as the next three
-        self.context: Optional[float] = None    # percent
+        self.context: Optional[float] = None    # percent, as Kiro told last
         self.credits: Optional[float] = None
-        self._context_told = False              # that it is nearly full
+        self.context_told = False              # that it is nearly full
         self._refusals: "list[str]" = []        # the last turns' errors, while they are the same
-        self._no_load_told = False
 
     # -- for all threads -----------------------------------------------------------------------------------------------
 
@@ -984,6 +1241,11 @@ class Conversation:
         self.post("wake")
         if first_to_wait:
             self.bot.errand(self.chat.react, incoming.message.message_id, SEEN)
+
+    def note(self, text: str) -> None:
+        """Say this with the next answer."""
+        if text not in self._notes:
+            self._notes.append(text)
 
     def finish_turn(self, turn: UnfinishedTurn) -> None:
         """Take on a turn that a former run has left behind."""
@@ -1067,7 +1329,7 @@ class Conversation:
             turn, waiting = self.turn, len(self.waiting)
         lines = [f"Session: {record.session_id if record else 'none yet'}",
                  f"Model: {record.model if record else 'auto'}",
-                 f"Folder: {record.workspace_path if record else self._default_workspace()}"]
+                 f"Folder: {record.workspace_path if record else self.link.default_workspace()}"]
         if self.context is not None:
             lines.append(f"Context used: {self.context:.0f} %")
         if self.credits is not None:
@@ -1084,7 +1346,7 @@ class Conversation:
 
     def model_names(self) -> "list[str]":
         """Return the ids of the models that Kiro reported last."""
-        return [name for name, _ in self.models.offered] if self.models else []
+        return [name for name, _ in self.link.models.offered] if self.link.models else []
 
     def answer_model(self, wanted: str) -> "tuple[str, Optional[list]]":
         """Choose a model, or list them when none is wanted; return a text and buttons."""
@@ -1100,7 +1362,7 @@ class Conversation:
             text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
         else:
             text = f"Model for this topic: {chosen}. Choose with /model NAME or here:"
-        label = {name: label for name, label in self.models.offered}
+        label = {name: label for name, label in self.link.models.offered}
         return text, [[(("✓ " if name == chosen else "") + label[name], f"model:{self.thread_id}:{model_key(name)}")]
                       for name in names]
 
@@ -1116,7 +1378,7 @@ class Conversation:
     def _has_work(self) -> bool:
         """Is there a reason for this thread to go on?  If not, it is over."""
         with self.lock:
-            self._running = bool(self.waiting or self.unfinished or self.kiro)
+            self._running = bool(self.waiting or self.unfinished or self.link.kiro)
             return self._running
 
     def _step(self) -> None:
@@ -1135,7 +1397,7 @@ class Conversation:
             if isinstance(error, Closing) or self.bot.closing.is_set():
                 raise Closing from error
             log.exception("Conversation %s/%s", self.user_id, self.thread_id)
-            self._end_kiro(at_once=True)
+            self.link.let_go(at_once=True)
             if turn:
                 self._abandon(turn, error)
 
@@ -1152,10 +1414,10 @@ class Conversation:
 
     def _serve(self, turn: Turn) -> None:
         """Do what waits longest."""
-        if self.kiro and self.kiro.kept_warm and not self.places.claim(self):
-            self._end_kiro()
-        elif self.kiro:
-            self.kiro.kept_warm = False
+        if self.link.kiro and self.link.kiro.kept_warm and not self.places.claim(self):
+            self.link.let_go()
+        elif self.link.kiro:
+            self.link.kiro.kept_warm = False
         job = {"new": self._serve_new, "model": self._serve_model}.get(self.waiting[0].command)
         if job:
             self._serve_job(turn, job)
@@ -1175,14 +1437,14 @@ class Conversation:
 
     def _idle(self) -> None:
         """Keep the process ready for a message until it was kept long enough, or its place is needed."""
-        kiro = self.kiro
+        kiro = self.link.kiro
         kiro.kept_warm = True
         self.places.keep_warm(self, kiro)
-        while self.kiro is kiro and self.turn is None and not self.unfinished:
+        while self.link.kiro is kiro and self.turn is None and not self.unfinished:
             if kiro.exit_noticed:
                 log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
             if kiro.exit_noticed or time.monotonic() >= self._warm_until:
-                return self._end_kiro()
+                return self.link.let_go()
             self._pump(self._warm_until)
 
     # -- events --------------------------------------------------------------------------------------------------------
@@ -1202,12 +1464,12 @@ class Conversation:
         if self.bot.closing.is_set():
             raise Closing
 
-    def _wait(self, until: float) -> None:
+    def wait(self, until: float) -> None:
         """Pump before there is a prompt.  Raises Stopped."""
         self._pump(until)
-        self._check_stop()
+        self.check_stop()
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
         if self.turn and self.turn.stop_at is not None:
             raise Stopped
 
@@ -1217,29 +1479,29 @@ class Conversation:
             self.turn.stale = True
 
     def _on_give_way(self, kiro: Kiro) -> None:
-        if kiro is self.kiro and kiro.kept_warm:
+        if kiro is self.link.kiro and kiro.kept_warm:
             log.info("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
-            self._end_kiro()
+            self.link.let_go()
 
     def _on_model_chosen(self) -> None:
-        if self.turn is None and self.kiro and self.kiro.session_id:
+        if self.turn is None and self.link.kiro and self.link.kiro.session_id:
             try:
-                self._apply_model(self.kiro)
+                self.link.apply_model(self.link.kiro)
             except KiroFailure as failure:
                 log.info("The warm process of %s/%s is of no use: %s", self.user_id, self.thread_id, failure)
-                self._end_kiro(at_once=True)
+                self.link.let_go(at_once=True)
 
     def _on_exit(self, kiro: Kiro) -> None:
         kiro.exit_noticed = True
-        if kiro in self._old:
-            self._old.remove(kiro)
+        if kiro in self.link.former:
+            self.link.former.remove(kiro)
 
     def _on_response(self, kiro: Kiro, frame: dict) -> None:
         kiro.responses[frame["id"]] = frame
 
     def _on_permission(self, kiro: Kiro, request_id: Any, params: dict) -> None:
         permission, turn = Permission(kiro, request_id, params), self.turn
-        if kiro is not self.kiro or turn is None or turn.ended or turn.stop_at is not None:
+        if kiro is not self.link.kiro or turn is None or turn.ended or turn.stop_at is not None:
             return permission.answer(None)
         turn.heard = True
         if not self.settings.ask_permission:
@@ -1253,38 +1515,17 @@ class Conversation:
         """Something between a prompt and its response, or an extension of Kiro's at any time."""
         if method == "session/update":
             update = params.get("update")
-            if kiro is self.kiro and self.turn and isinstance(update, dict):
-                self._on_update(self.turn, update)
+            if kiro is self.link.kiro and self.turn and isinstance(update, dict):
+                self.turn.hear(update)
+                self._on_usage(update)
         elif method.startswith("_kiro"):
             self._on_extension(kiro, method.partition("/")[2], params)
 
-    def _on_update(self, turn: Turn, update: dict) -> None:
-        kind = update.get("sessionUpdate")
-        if kind == "agent_message_chunk":
-            content = update.get("content")
-            text = content.get("text") if isinstance(content, dict) else None
-            if isinstance(text, str) and text:
-                turn.say(text)
-                turn.end_by = time.monotonic() + INTERRUPTED_SECONDS if text.strip() == INTERRUPTED else math.inf
-        elif kind in ("tool_call", "tool_call_update"):
-            self._on_tool(turn, update)
-        elif kind == "turn_end":
-            turn.end_by = time.monotonic() + AFTERWORD_SECONDS
-        elif kind == "usage_update" and isinstance(update.get("used"), (int, float)) and update.get("size"):
-            self.context = 100 * update["used"] / update["size"]
-
-    def _on_tool(self, turn: Turn, update: dict) -> None:
-        """A tool call begins, tells something, or ends; v2 gives no status at its beginning [acp 3.5]."""
-        tool_id = str(update.get("toolCallId"))
-        call = turn.tools.setdefault(tool_id, {})
-        call.update((key, value) for key, value in update.items() if value is not None and key in ("title", "kind", "rawInput", "locations"))
-        if update.get("status") in ("completed", "failed"):
-            turn.running.pop(tool_id, None)
-        else:
-            turn.running[tool_id] = str(call.get("title") or call.get("kind") or "a tool")
-        turn.heard = turn.gap = turn.stale = True
-        turn.attempt = len(turn.pieces)
-        turn.end_by = math.inf
+    def _on_usage(self, update: dict) -> None:
+        """Context as other agents tell it."""
+        used, size = update.get("used"), update.get("size")
+        if update.get("sessionUpdate") == "usage_update" and isinstance(used, (int, float)) and isinstance(size, (int, float)) and size:
+            self.context = 100 * used / size
 
     def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
         """Kiro's own notifications [acp 3.8]."""
@@ -1302,9 +1543,9 @@ class Conversation:
         elif name == "compaction/status":
             self._on_compaction(kiro, params.get("status"))
         elif name == "agent/not_found":
-            self._notes.append(f"Kiro has no agent {params.get('requestedAgent')!r} and uses {params.get('fallbackAgent')!r}.")
+            self.note(f"Kiro has no agent {params.get('requestedAgent')!r} and uses {params.get('fallbackAgent')!r}.")
         elif name == "mcp/oauth_request":
-            self._notes.append(f"The MCP server {params.get('serverName')} wants you to sign in: {params.get('oauthUrl')}")
+            self.note(f"The MCP server {params.get('serverName')} wants you to sign in: {params.get('oauthUrl')}")
         elif name == "mcp/server_init_failure":
             log.warning("MCP server %s: %s", params.get("serverName"), params.get("error"))
 
@@ -1321,7 +1562,7 @@ class Conversation:
         """After a compaction Kiro may have forgotten the tags."""
         kind = status.get("type") if isinstance(status, dict) else status
         if kind == "completed" and kiro.session_id:
-            self._context_told = False
+            self.context_told = False
             self.store.set_facts(kiro.session_id, ended=True, taught=False)
         if self.turn:
             self.turn.trouble = "Compacting the conversation…" if kind == "started" else ""
@@ -1355,226 +1596,6 @@ class Conversation:
             return f"🔧 {list(turn.running.values())[-1]}"
         return turn.trouble or ("" if turn.length else turn.status)
 
-    # -- a ready process -----------------------------------------------------------------------------------------------
-
-    def ready(self) -> Kiro:
-        """Return a process with the thread's session loaded and its model set; each step is done once.
-
-        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
-        """
-        self._check_stop()
-        while True:
-            if self.kiro is None or self.kiro.gone.is_set():
-                self._end_kiro()                 # a dead one is replaced, unnoticed
-                self._spawn()
-            kiro = self.kiro
-            try:
-                if kiro.agent is None:
-                    kiro.agent = self._request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
-                if not kiro.session_id:
-                    self._open_session(kiro)
-                self._apply_model(kiro)
-                return kiro
-            except SessionLost:
-                self._end_kiro(at_once=True)
-
-    def _spawn(self) -> None:
-        self._take_place()
-        try:
-            self.kiro = Kiro(self.bot, self._workspace(), self.post)
-        except (OSError, ValueError) as error:
-            self.places.give_back()
-            reason = getattr(error, "strerror", None) or error
-            raise KiroFailure(f"Kiro could not be started: {reason} ({self.settings.kiro_command[0]}). Check KIRO_COMMAND on "
-                              "the server.") from error
-        if self.turn is None:
-            self.kiro.kept_warm = True
-            self.places.keep_warm(self, self.kiro)
-
-    def _take_place(self) -> None:
-        """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
-        if self.turn is None and self.places.try_take():
-            return
-        if self.turn is None:
-            self._await_old()        # which may free its place
-        if self.turn is None:
-            if self.places.try_take():
-                return
-            raise NoPlace
-        ticket = self.places.ask(self)
-        status, self.turn.status = self.turn.status, f"Waiting for a free place ({self.places.count} topics are busy)…"
-        try:
-            while not ticket.granted:
-                self._wait(math.inf)
-        except BaseException:
-            self.places.withdraw(ticket)
-            raise
-        self.turn.status, self.turn.stale = status, self.turn.frame_at is not None
-
-    def _end_kiro(self, at_once: bool = False) -> None:
-        """Let go of the process: it ends by itself, or is ended by its waiter."""
-        kiro, self.kiro = self.kiro, None
-        if kiro is None:
-            return
-        self.places.claim(self)
-        kiro.kept_warm = False
-        if not kiro.exit_noticed:
-            self._old.append(kiro)
-        kiro.end(patience=0 if at_once else END_SECONDS)
-
-    def _await_old(self) -> None:
-        """Wait until no former process holds the session's lock; their waiters see to it."""
-        limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
-        while self._old:
-            if time.monotonic() > limit:
-                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
-            self._wait(limit)
-
-    def _request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
-        """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
-
-        Raises KiroFailure; NoPlace when the process was given away meanwhile.
-        """
-        seconds = min(seconds, self.settings.silence_seconds)
-        if method not in kiro.in_flight:
-            kiro.in_flight[method] = kiro.request(method, params)
-        request_id, asked_at = kiro.in_flight[method]
-        while request_id not in kiro.responses:
-            self._check_alive(kiro, asked_at)
-            limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + 4 * seconds)
-            if time.monotonic() >= limit:
-                raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
-            self._wait(min(limit, time.monotonic() + 1))
-        del kiro.in_flight[method]
-        frame = kiro.responses.pop(request_id)
-        if "error" in frame:
-            raise KiroRefusal(frame["error"])
-        return frame["result"] if isinstance(frame.get("result"), dict) else {}
-
-    def _check_alive(self, kiro: Kiro, asked_at: float) -> None:
-        """Raise if the process can't answer any more: given away, gone, or deaf."""
-        if kiro is not self.kiro:
-            raise NoPlace
-        if kiro.exit_noticed:
-            raise kiro.failure()
-        patience = min(DEAF_SECONDS, self.settings.silence_seconds)
-        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
-            raise KiroGone(f"Kiro does not read what it is sent (for {patience:.0f} s).", again=True)
-
-    # -- sessions ------------------------------------------------------------------------------------------------------
-
-    def _default_workspace(self) -> str:
-        return str(self.settings.workspaces / str(self.user_id) / str(self.thread_id))
-
-    def _workspace(self) -> str:
-        """Return the thread's folder, made when it is missing: the one it had at first."""
-        record = self.store.get_session(self.user_id, self.thread_id)
-        path = record.workspace_path if record else self._default_workspace()
-        try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
-        return os.path.realpath(path)
-
-    def _open_session(self, kiro: Kiro) -> None:
-        """Load the thread's session, or make one."""
-        record = self.store.get_session(self.user_id, self.thread_id)
-        had_history = bool(record) and self.store.get_facts(record.session_id)[0]
-        if record is None:
-            return self._new_session(kiro)
-        if record.session_id == self._lost:
-            self._new_session(kiro)
-            if had_history:
-                self._notes.append("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The "
-                                   "folder is as it was.")
-            return
-        if not kiro.can_load:
-            self._new_session(kiro)
-            if had_history and not self._no_load_told:
-                self._no_load_told = True
-                self._notes.append("ℹ️ This agent can't reload sessions: each message starts without the history.")
-            return
-        try:
-            self._load_session(kiro, record)
-        except KiroFailure as failure:
-            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
-                raise
-            log.warning("Session %s of %s/%s is lost: %s", record.session_id, self.user_id, self.thread_id, failure)
-            self._lost = record.session_id
-            raise SessionLost from failure
-
-    def _new_session(self, kiro: Kiro) -> None:
-        """Make a session for this thread; the chosen model stays."""
-        model = self.store.get_model(self.user_id, self.thread_id)
-        result = self._request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
-        session_id = result.get("sessionId")
-        if not isinstance(session_id, str) or not session_id:
-            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
-        self.store.upsert_session(self.user_id, self.thread_id, session_id, kiro.workspace)
-        if model != "auto":
-            self.store.set_model(self.user_id, self.thread_id, model)
-        self.context, self._context_told = None, False
-        self._opened(kiro, session_id, result)
-
-    def _load_session(self, kiro: Kiro, record: SessionRecord) -> None:
-        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
-        self._await_old()
-        params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
-        limit, pause = time.monotonic() + LOCK_SECONDS, 0.25
-        while True:
-            try:
-                result = self._request(kiro, "session/load", params, MISSING_SECONDS if is_missing(record.session_id) else SESSION_SECONDS)
-                break
-            except KiroRefusal as refusal:
-                pid = lock_holder(str(refusal))
-                if pid is None:
-                    raise
-                settle_lock(pid, record.session_id, self.settings)
-                if time.monotonic() > limit:
-                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
-            retry_at = time.monotonic() + pause
-            while time.monotonic() < retry_at:
-                self._wait(retry_at)
-            pause = min(2 * pause, 2)
-        self._let_replay_end(kiro)
-        self._opened(kiro, record.session_id, result)
-
-    def _let_replay_end(self, kiro: Kiro) -> None:
-        """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
-        limit = time.monotonic() + REPLAY_SECONDS
-        while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
-            self._wait(min(kiro.heard_at + QUIET_SECONDS, limit))
-
-    def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
-        kiro.models = models_of(result)
-        self.models = kiro.models or self.models
-        kiro.session_id = session_id
-
-    def _apply_model(self, kiro: Kiro) -> None:
-        """Make Kiro use the thread's model, if it does not already."""
-        wanted = self.store.get_model(self.user_id, self.thread_id)
-        models = kiro.models or (self.models._replace(current="") if self.models else None)
-        if models is None or wanted == models.current:
-            return
-        names = [name for name, _ in models.offered]
-        if wanted not in names:
-            if wanted != "auto":
-                self.store.set_model(self.user_id, self.thread_id, "auto")
-                self._notes.append(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
-            wanted = "auto"
-        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
-            return
-        if models.config_id is None:
-            method, params = "session/set_model", {"modelId": wanted}
-        else:
-            method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
-        kiro.models = models._replace(current=wanted)
-        try:
-            self._request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
-        except (KiroRefusal, KiroSilent) as failure:
-            kiro.in_flight.pop(method, None)
-            self._notes.append(f"⚠️ The model may not be {wanted}: {failure}")
-
     # -- the prompt ----------------------------------------------------------------------------------------------------
 
     def _compose(self, kiro: Kiro, batch: "list[Incoming]") -> "list[dict]":
@@ -1605,7 +1626,7 @@ class Conversation:
         except (Refused, Unreachable, TooManyRequests, OSError) as error:
             reason = getattr(error, "description", None) or getattr(error, "strerror", None) or str(error)
             log.warning("A file of %s/%s could not be had: %s", self.user_id, self.thread_id, reason)
-            self._notes.append(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
+            self.note(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
             return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
         return [Attachment(path, "", file.is_image)]
 
@@ -1615,7 +1636,7 @@ class Conversation:
         for chunk in chunks:
             if time.monotonic() > limit:
                 raise Unreachable(f"the download took more than {DOWNLOAD_SECONDS // 60} minutes")
-            self._wait(time.monotonic())
+            self.wait(time.monotonic())
             yield chunk
 
     # -- a turn --------------------------------------------------------------------------------------------------------
@@ -1628,7 +1649,7 @@ class Conversation:
                 try:
                     return self._prompt(turn), False
                 except KiroFailure as failure:
-                    self._end_kiro(at_once=not isinstance(failure, KiroRefusal))
+                    self.link.let_go(at_once=not isinstance(failure, KiroRefusal))
                     if last or not failure.again or turn.heard or turn.stop_at is not None:
                         raise
                     log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
@@ -1655,7 +1676,7 @@ class Conversation:
 
     def _prompt(self, turn: Turn) -> str:
         """Get a process, send the prompt, listen; return the remark."""
-        warm, kiro = self.kiro, self.ready()
+        warm, kiro = self.link.kiro, self.link.ready()
         if turn.turn_id is None:
             self._take(kiro, turn)
         try:
@@ -1696,7 +1717,7 @@ class Conversation:
             until = last.arrived + JOIN_SECONDS
             if not last.may_continue or time.monotonic() >= until:
                 return
-            self._wait(until)
+            self.wait(until)
 
     def _journal_begin(self, batch: "list[Incoming]") -> int:
         """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
@@ -1711,7 +1732,7 @@ class Conversation:
                     self.chat.say(f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll try again every minute.")
             until = time.monotonic() + BEGIN_RETRY_SECONDS
             while time.monotonic() < until:
-                self._wait(until)
+                self.wait(until)
         raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
 
     def _listen(self, kiro: Kiro, turn: Turn) -> str:
@@ -1724,7 +1745,7 @@ class Conversation:
         kiro.taught = not command
         while request_id not in kiro.responses:
             now = time.monotonic()
-            self._check_alive(kiro, turn.prompted_at)
+            self.link.check_alive(kiro, turn.prompted_at)
             if now >= turn.end_by:
                 log.info("No response after the end of a turn of %s/%s", self.user_id, self.thread_id)
                 return self._ended(kiro, turn, {})
@@ -1743,7 +1764,7 @@ class Conversation:
         turn.ended = True
         self._refuse_all("the turn is over")
         kiro.turn_open = False
-        self._end_kiro(at_once=not result)
+        self.link.let_go(at_once=not result)
         reason = result.get("stopReason")
         if reason == "error":
             return ""
@@ -1765,7 +1786,7 @@ class Conversation:
             kiro.cancel()
         if now >= turn.stop_at + STOP_SECONDS:
             turn.ended = True
-            self._end_kiro(at_once=True)
+            self.link.let_go(at_once=True)
             raise Stopped
         return turn.stop_at + STOP_SECONDS
 
@@ -1808,8 +1829,8 @@ class Conversation:
             text, remarks = f"{close_code(text)}\n\n{remark}", []
         if not text and not files and not remarks:
             remarks.append(turn.trouble or "Kiro has finished without saying anything.")
-        if self.context is not None and self.context >= FULL_CONTEXT and not self._context_told:
-            self._context_told = True
+        if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
+            self.context_told = True
             remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. /compact shortens it, /new starts afresh.")
         notes, self._notes = self._notes, []
         parts = [plain_part("\n".join(notes))] if notes else []
@@ -1835,7 +1856,7 @@ class Conversation:
 
     def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> None:
         if part["kind"] == "file":
-            refusal = self.chat.send_file(part["path"], part["caption"], self._workspace())
+            refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
             if refusal:
                 self._unsent.append(f"{part['path']}: {refusal}")
                 part = plain_part(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
@@ -1882,7 +1903,7 @@ class Conversation:
         except Stopped:
             text, buttons = "⏹ Stopped.", None
         except KiroFailure as failure:
-            self._end_kiro(at_once=True)
+            self.link.let_go(at_once=True)
             text, buttons = f"⚠️ {failure}{self.advice(failure)}", None
         turn.ended = True
         notes, self._notes = self._notes, []
@@ -1896,19 +1917,19 @@ class Conversation:
 
     def _serve_new(self, turn: Turn, incoming: Incoming) -> "tuple[str, None]":
         turn.status = "Starting a new session…"
-        self._end_kiro()
-        self._spawn()
-        kiro = self.kiro
-        kiro.agent = self._request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
-        self._new_session(kiro)
-        self._apply_model(kiro)
+        self.link.let_go()
+        self.link.start()
+        kiro = self.link.kiro
+        kiro.agent = self.link.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+        self.link.new_session(kiro)
+        self.link.apply_model(kiro)
         self._refusals.clear()
         model = self.store.get_model(self.user_id, self.thread_id)
         return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
 
     def _serve_model(self, turn: Turn, incoming: Incoming) -> "tuple[str, Optional[list]]":
         turn.status = "Asking Kiro for its models…"
-        self.ready()
+        self.link.ready()
         return self.answer_model(incoming.argument)
 
     def _warm_up(self) -> None:
@@ -1916,13 +1937,13 @@ class Conversation:
         if self.turn:                # it starts what it needs
             return
         if not self.settings.warm_seconds or self._refusals:
-            return self._end_kiro()
+            return self.link.let_go()
         self._warm_until = time.monotonic() + self.settings.warm_seconds
         try:
-            self.ready()
+            self.link.ready()
         except KiroFailure as failure:
             log.warning("No warm process for %s/%s: %s", self.user_id, self.thread_id, failure)
-            self._end_kiro(at_once=True)
+            self.link.let_go(at_once=True)
 
     # -- permissions ---------------------------------------------------------------------------------------------------
 
@@ -3629,7 +3650,7 @@ class Console:
             print(HELP)
         elif incoming.command == "status":
             print(self._conversation.status())
-        elif incoming.command == "model" and self._conversation.models:
+        elif incoming.command == "model" and self._conversation.model_names():
             print(self._conversation.answer_model(incoming.argument)[0])
         elif incoming.command == "stop":
             print("Nothing is running.")
@@ -3743,7 +3764,7 @@ def handshake(settings: Settings) -> str:
         bot = Bot(settings._replace(workspaces=Path(folder), silence_seconds=min(settings.silence_seconds, 60)), store)
         conversation = Conversation(bot, CONSOLE_USER, CONSOLE_THREAD, Terminal())
         try:
-            kiro = conversation.ready()
+            kiro = conversation.link.ready()
             agent = (kiro.agent or {}).get("agentInfo") or {}
             return (f"{agent.get('name', 'the agent')} {agent.get('version', '')} made a session; models: "
                     f"{', '.join(conversation.model_names()) or 'none reported'}")
