@@ -273,6 +273,8 @@ class Poll:
             try:
                 updates = self._fetch(offset)
                 offset = self._take(updates) or offset
+                if failures:
+                    log.info("Polling again")
                 failures = conflicts = 0
                 continue
             except Unauthorized:
@@ -349,7 +351,7 @@ class Poll:
         message = update.get("message")
         sender = message.get("from", {}).get("id") if isinstance(message, dict) else None
         if sender in self._bot.settings.allowed and message.get("chat", {}).get("id") == sender:
-            self._bot.errand(self._bot.chat(sender, 0).say, "I couldn't read one of your messages. Please send it in another way.")
+            self._bot.errand((sender, 0), self._bot.chat(sender, 0).say, "I couldn't read one of your messages. Please send it in another way.")
 
     def _hand_over(self, accepted: Accepted) -> None:
         try:
@@ -360,7 +362,7 @@ class Poll:
     def _tell_of_trouble(self, batch: "list[Accepted]", error: StoreError) -> None:
         for user_id, thread_id in {(a.row.user_id, a.row.thread_id) for a in batch if a.row} - self._told_of_trouble:
             self._told_of_trouble.add((user_id, thread_id))
-            self._bot.errand(self._bot.chat(user_id, thread_id).say, f"⚠️ I can't store messages at the moment ({error}). "
+            self._bot.errand((user_id, thread_id), self._bot.chat(user_id, thread_id).say, f"⚠️ I can't store messages at the moment ({error}). "
                              "Yours is safe with Telegram; I'll take it as soon as I can.")
 
     # -- the gate: first of all, who and where -------------------------------------------------------------------------
@@ -379,7 +381,7 @@ class Poll:
             self._strangers.clear()
         self._strangers.add(stranger)
         log.info("A stranger wrote: user %s", stranger)
-        self._bot.errand(self._bot.telegram.call, apihelper.send_message, message.chat.id,
+        self._bot.errand("strangers", self._bot.telegram.call, apihelper.send_message, message.chat.id,
                          f"This bot is private. Your Telegram user id is {stranger}; its owner can add it to "
                          "ALLOWED_TELEGRAM_IDS.", chat=message.chat.id, message_thread_id=thread_of(message) or None)
 
@@ -464,7 +466,7 @@ def command_of(message: types.Message) -> "tuple[str, str]":
 # The bot: what all parts share
 # ======================================================================================================================
 
-ERRAND_THREADS = 4
+ERRAND_THREADS = 8
 
 
 class Bot:
@@ -483,7 +485,8 @@ class Bot:
         self.permissions: "dict[str, Conversation]" = {}   # open questions by their token
         self._conversations: "dict[tuple[int, int], Conversation]" = {}
         self._lock = threading.Lock()
-        self._errands = ThreadPoolExecutor(ERRAND_THREADS, thread_name_prefix="errand")
+        self._errands: "dict[Any, deque[Callable[[], Any]]]" = {}    # by key; those of one key run one after the other
+        self._pool = ThreadPoolExecutor(ERRAND_THREADS, thread_name_prefix="errand")
 
     def chat(self, user_id: int, thread_id: int) -> Topic:
         """Return a way to speak in this topic."""
@@ -502,13 +505,29 @@ class Bot:
         with self._lock:
             return list(self._conversations.values())
 
-    def errand(self, action: "Callable[..., Any]", *args: Any, **kwargs: Any) -> None:
-        """Run something short that talks to Telegram, away from the calling thread."""
-        self._errands.submit(self._run_errand, action, args, kwargs)
+    def errand(self, key: Any, action: "Callable[..., Any]", *args: Any, **kwargs: Any) -> None:
+        """Run something short that talks to Telegram, away from the calling thread.
 
-    def _run_errand(self, action: "Callable[..., Any]", args: tuple, kwargs: dict) -> None:
+        Errands of one key, a topic for one, run in order and take one thread at most, so that none holds up the others.
+        """
+        with self._lock:
+            mine = self._errands.setdefault(key, deque())
+            mine.append(lambda: action(*args, **kwargs))
+            if len(mine) == 1:
+                self._pool.submit(self._run_errands, key, mine)
+
+    def _run_errands(self, key: Any, mine: "deque[Callable[[], Any]]") -> None:
+        while True:
+            self._run_errand(mine[0])
+            with self._lock:
+                mine.popleft()
+                if not mine:
+                    del self._errands[key]
+                    return
+
+    def _run_errand(self, action: "Callable[[], Any]") -> None:
         try:
-            action(*args, **kwargs)
+            action()
         except Closing:
             pass
         except (Refused, Unreachable, TooManyRequests, StoreError) as error:
@@ -543,6 +562,10 @@ class Bot:
                 continue
             commands.route(incoming)
 
+    def _sending(self) -> bool:
+        """Is a part on its way?  A stop between its arrival and its tick would send it twice."""
+        return any(conversation.sending for conversation in self.conversations())
+
     def shut_down(self) -> None:
         """Within two seconds: cancel and end of stdin for all children, TERM, KILL; keep what was said for the cards."""
         self.closing.set()
@@ -553,7 +576,7 @@ class Bot:
             kiro.cancel()
             kiro.end(patience=None)
         for deadline, signal_number in ((1.0, signal.SIGTERM), (1.5, signal.SIGKILL), (1.8, None)):
-            while self.processes and time.monotonic() - began < deadline:
+            while (self.processes or self._sending()) and time.monotonic() - began < deadline:
                 time.sleep(0.01)
             for kiro in list(self.processes) if signal_number else ():
                 kiro.signal(signal_number, leftovers=True)
@@ -597,24 +620,28 @@ class Commands:
         """Hand a journaled message to whoever answers it."""
         conversation = self._bot.conversation(*incoming.key)
         if incoming.command == "stop":
-            self._bot.errand(self._stop, incoming, conversation.stop())
+            self._bot.errand(incoming.key, self._stop, incoming, conversation.stop())
         elif incoming.command in ("start", "help"):
-            self._bot.errand(self._reply, incoming, HELP)
+            self._bot.errand(incoming.key, self._reply, incoming, HELP)
         elif incoming.command == "status":
-            self._bot.errand(self._status, incoming)
+            self._bot.errand(incoming.key, self._status, incoming)
         elif incoming.command == "model" and conversation.model_names():
-            self._bot.errand(self._model, incoming)
+            self._bot.errand(incoming.key, self._model, incoming)
         elif incoming.message.content_type in MESSAGE_KINDS and not is_animated(incoming.message):
             conversation.add(incoming)
         else:
             kind = incoming.message.content_type or "unknown to me"
-            self._bot.errand(self._reply, incoming, UNSUPPORTED.format(kind=kind))
+            self._bot.errand(incoming.key, self._reply, incoming, UNSUPPORTED.format(kind=kind))
 
     def edit(self, incoming: Incoming) -> None:
         """A message was edited: as long as it waits, it goes as edited."""
         conversation = self._bot.conversation(*incoming.key)
+        if incoming.command == "stop":             # a command is no better version of a message, but the wish is clear
+            conversation.stop()
+        if incoming.command in ("stop", "start", "help", "status"):
+            return
         if conversation.edit(incoming) == "too late":
-            self._bot.errand(conversation.chat.say, "Your edit came too late: Kiro already has the message as it was. "
+            self._bot.errand(incoming.key, conversation.chat.say, "Your edit came too late: Kiro already has the message as it was. "
                              "Send the correction as a new message.")
 
     def stop_draft(self, user_id: int, draft_id: int) -> None:
@@ -627,11 +654,11 @@ class Commands:
         """A button: data that this bot didn't make does nothing."""
         data = press.data or ""
         if match := re.fullmatch(r"ask:([0-9a-f]{16}):(\d{1,2})", data):
-            self._bot.errand(self._decided, press, self._decide(press, match[1], int(match[2])))
+            self._bot.errand(press.id, self._decided, press, self._decide(press, match[1], int(match[2])))
         elif match := re.fullmatch(r"(again|drop):(\d{1,18})", data):
-            self._bot.errand(self._again if match[1] == "again" else self._drop, press, int(match[2]))
+            self._bot.errand(match[2], self._again if match[1] == "again" else self._drop, press, int(match[2]))
         elif match := re.fullmatch(r"model:(\d{1,18}):([0-9a-f]{16})", data):
-            self._bot.errand(self._model_pressed, press, int(match[1]), match[2])
+            self._bot.errand((press.from_user.id, int(match[1])), self._model_pressed, press, int(match[1]), match[2])
 
     def _reply(self, incoming: Incoming, text: str, buttons: "Optional[list]" = None) -> None:
         conversation = self._bot.conversation(*incoming.key)
@@ -786,7 +813,7 @@ class Places:
     def __init__(self, count: int) -> None:
         self.count = count
         self._free = count
-        self._queue: "deque[Ticket]" = deque()
+        self._queue: "list[Ticket]" = []                # in order of arrival
         self._warm: "dict[Conversation, Kiro]" = {}     # in order of last use
         self._lock = threading.Lock()
 
@@ -799,6 +826,7 @@ class Places:
                 ticket.granted = True
             else:
                 self._queue.append(ticket)
+                self._queue.sort(key=lambda waiting: waiting.arrived)      # threads may get here in another order
                 self._ask_a_warm_one()
             return ticket
 
@@ -824,7 +852,7 @@ class Places:
             if not self._queue:
                 self._free += 1
                 return
-            ticket = self._queue.popleft()
+            ticket = self._queue.pop(0)
             ticket.granted = True
         ticket.conversation.post("wake")
 
@@ -856,6 +884,7 @@ class Ticket:
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
+        self.arrived = conversation.first_arrival()
         self.granted = False
 
 
@@ -901,6 +930,7 @@ class Turn:
         self.prompt: "list[dict]" = []         # as ACP content blocks
         self.turn_id: Optional[int] = None     # the journal's, once begun
         self.stop_at: Optional[float] = None   # when the user stopped it
+        self.draft_stopped = False             # by its button: Telegram wants no more frames of it [tg 1.3]
         self.cancel_sent = False
         self.ended = False                     # Kiro is done with it; a stop comes too late
         self.prompted_at = 0.0                 # also: when the clock of silence was set anew
@@ -972,7 +1002,7 @@ class Link:
     """
 
     def __init__(self, talk: Conversation) -> None:
-        self._talk, self._key = talk, (talk.user_id, talk.thread_id)
+        self._talk, self._key = talk, talk.key
         self._bot, self._settings, self._store, self._places = talk.bot, talk.settings, talk.store, talk.places
         self.kiro: Optional[Kiro] = None
         self.former: "list[Kiro]" = []          # they may still hold the session's lock
@@ -1128,11 +1158,11 @@ class Link:
 
     def new_session(self, kiro: Kiro) -> None:
         """Make a session for this thread; the chosen model stays."""
-        model = self._store.get_model(*self._key)
         result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
         session_id = result.get("sessionId")
         if not isinstance(session_id, str) or not session_id:
             raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
+        model = self._store.get_model(*self._key)      # it may have been chosen meanwhile
         self._store.upsert_session(*self._key, session_id, kiro.workspace)
         if model != "auto":
             self._store.set_model(*self._key, model)
@@ -1195,8 +1225,9 @@ class Link:
         try:
             self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
         except (KiroRefusal, KiroSilent) as failure:
-            kiro.in_flight.pop(method, None)
             self._talk.note(f"⚠️ The model may not be {wanted}: {failure}")
+        finally:
+            kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
 
 
 class Conversation:
@@ -1209,15 +1240,19 @@ class Conversation:
     def __init__(self, bot: Bot, user_id: int, thread_id: int, chat: Chat) -> None:
         self.bot, self.settings, self.store, self.places = bot, bot.settings, bot.store, bot.places
         self.user_id, self.thread_id, self.chat = user_id, thread_id, chat
-        self.lock = threading.Lock()            # guards the next five
+        self.key = user_id, thread_id
+        self.lock = threading.Lock()            # guards the next six
         self.waiting: "deque[Incoming]" = deque()
         self.unfinished: "deque[UnfinishedTurn]" = deque()
         self.turn: Optional[Turn] = None        # there is one whenever something waits or runs
         self._running = False                   # is there a thread
+        self._finishing: Optional[int] = None   # the former run's turn in hand
         self._burst_seen = False                # the first message that has to wait got its reaction
         self._events: "queue.SimpleQueue[tuple]" = queue.SimpleQueue()
         self.link = Link(self)
         self._warm_until = 0.0
+        self.sending = False                    # a part is on its way, and not ticked off yet
+        self._model_chosen = False              # and the warm process does not know yet
         self._notes: "list[str]" = []           # to be said with the next answer
         self._unsent: "list[str]" = []          # files that could not be sent, for Kiro to hear of
         self.context: Optional[float] = None    # percent, as Kiro told last
@@ -1240,7 +1275,13 @@ class Conversation:
             self._start()
         self.post("wake")
         if first_to_wait:
-            self.bot.errand(self.chat.react, incoming.message.message_id, SEEN)
+            self.bot.errand(self.key, self.chat.react, incoming.message.message_id, SEEN)
+
+    def first_arrival(self) -> float:
+        """Return when the message came that is being served."""
+        with self.lock:
+            messages = (self.turn.messages if self.turn else None) or self.waiting
+            return messages[0].arrived if messages else time.monotonic()
 
     def note(self, text: str) -> None:
         """Say this with the next answer."""
@@ -1283,6 +1324,7 @@ class Conversation:
                 return False
             if turn.stop_at is None:
                 turn.stop_at = time.monotonic()
+            turn.draft_stopped = turn.draft_stopped or draft_id is not None
         self.post("wake")
         return True
 
@@ -1296,7 +1338,7 @@ class Conversation:
         option = permission.options[index]
         permission.answer(option["optionId"])
         choice = f"→ {option.get('name') or option['optionId']}"
-        self.bot.errand(self.chat.settle, message_id, f"{permission.text}\n\n{choice}")
+        self.bot.errand(self.key, self.chat.settle, message_id, f"{permission.text}\n\n{choice}")
         self.post("wake")
         return choice
 
@@ -1309,8 +1351,8 @@ class Conversation:
     def works_on(self, turn_id: int) -> bool:
         """Is this turn running, or about to be finished?"""
         with self.lock:
-            return (self.turn is not None and self.turn.turn_id == turn_id
-                    or any(turn.turn_id == turn_id for turn in self.unfinished))
+            at_work = {self._finishing, self.turn and self.turn.turn_id, *(turn.turn_id for turn in self.unfinished)}
+            return turn_id in at_work
 
     def keep_partial(self) -> None:
         """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
@@ -1386,7 +1428,7 @@ class Conversation:
         turn = self.turn
         try:
             if self.unfinished:
-                self._recover(self.unfinished[0])
+                self._recover()
             elif turn:
                 self._serve(turn)
             else:
@@ -1396,7 +1438,7 @@ class Conversation:
         except Exception as error:   # a bug, or the database: the topic must hear of it, and the next message must work
             if isinstance(error, Closing) or self.bot.closing.is_set():
                 raise Closing from error
-            log.exception("Conversation %s/%s", self.user_id, self.thread_id)
+            log.error("Conversation %s/%s: %s", self.user_id, self.thread_id, error, exc_info=not isinstance(error, StoreError))
             self.link.let_go(at_once=True)
             if turn:
                 self._abandon(turn, error)
@@ -1409,7 +1451,7 @@ class Conversation:
                 if incoming in self.waiting:
                     self.waiting.remove(incoming)
         self._close_turn(turn)
-        self.bot.errand(self.chat.say, f"⚠️ Something went wrong here: {error}. Your message is kept; I'll come back to it when "
+        self.bot.errand(self.key, self.chat.say, f"⚠️ Something went wrong here: {error}. Your message is kept; I'll come back to it when "
                         "I'm restarted, or send it again.")
 
     def _serve(self, turn: Turn) -> None:
@@ -1441,6 +1483,10 @@ class Conversation:
         kiro.kept_warm = True
         self.places.keep_warm(self, kiro)
         while self.link.kiro is kiro and self.turn is None and not self.unfinished:
+            if self._model_chosen:
+                self._model_chosen = False
+                self._warm_up()
+                continue                       # a message may have come meanwhile
             if kiro.exit_noticed:
                 log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
             if kiro.exit_noticed or time.monotonic() >= self._warm_until:
@@ -1484,12 +1530,7 @@ class Conversation:
             self.link.let_go()
 
     def _on_model_chosen(self) -> None:
-        if self.turn is None and self.link.kiro and self.link.kiro.session_id:
-            try:
-                self.link.apply_model(self.link.kiro)
-            except KiroFailure as failure:
-                log.info("The warm process of %s/%s is of no use: %s", self.user_id, self.thread_id, failure)
-                self.link.let_go(at_once=True)
+        self._model_chosen = True
 
     def _on_exit(self, kiro: Kiro) -> None:
         kiro.exit_noticed = True
@@ -1563,7 +1604,8 @@ class Conversation:
         kind = status.get("type") if isinstance(status, dict) else status
         if kind == "completed" and kiro.session_id:
             self.context_told = False
-            self.store.set_facts(kiro.session_id, ended=True, taught=False)
+            kiro.lesson = ""
+            self._note_facts(kiro.session_id, taught=False)
         if self.turn:
             self.turn.trouble = "Compacting the conversation…" if kind == "started" else ""
             self.turn.stale = True
@@ -1573,7 +1615,7 @@ class Conversation:
     def _refresh(self) -> float:
         """Send the turn's next frame if it is due; return when to look again."""
         turn, now = self.turn, time.monotonic()
-        if turn is None or turn.ended:
+        if turn is None or turn.ended or turn.draft_stopped:
             return math.inf
         if turn.frame_at is not None:
             due = now if turn.stale else turn.frame_at + KEEP_ALIVE_SECONDS
@@ -1610,11 +1652,6 @@ class Conversation:
             unsent, self._unsent = self._unsent, []
             blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(unsent) + "]"})
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
-
-    def _lesson(self, kiro: Kiro) -> "list[dict]":
-        """Return the block that teaches the tags, until the session knows them."""
-        _, taught = self.store.get_facts(kiro.session_id)
-        return [] if taught else [{"type": "text", "text": LESSON}]
 
     def _download(self, kiro: Kiro, incoming: Incoming) -> "list[Attachment]":
         """Fetch a message's file into the workspace; one that can't be had is named."""
@@ -1654,7 +1691,8 @@ class Conversation:
                         raise
                     log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
         except Stopped:
-            return ("⏹ Stopped." if turn.turn_id is not None else "⏹ Stopped before Kiro began."), False
+            begun = turn.turn_id is not None
+            return ("⏹ Stopped." if begun else "⏹ Stopped before Kiro began."), not begun
         except KiroFailure as failure:
             if turn.stop_at is not None:
                 return "⏹ Stopped.", False
@@ -1738,11 +1776,12 @@ class Conversation:
     def _listen(self, kiro: Kiro, turn: Turn) -> str:
         """Send the prompt and hear Kiro out.  The response ends the turn [acp 3.4]."""
         command = turn.messages[0].command if turn.messages else ""
-        blocks = turn.prompt if command else turn.prompt + self._lesson(kiro)
+        known = self.store.get_facts(kiro.session_id)[1]
+        lesson = [] if known or command else [{"type": "text", "text": LESSON}]
         turn.end_by = math.inf
         turn.running.clear()
-        request_id, turn.prompted_at = kiro.prompt(blocks)
-        kiro.taught = not command
+        request_id, turn.prompted_at = kiro.prompt(turn.prompt + lesson)
+        kiro.lesson = "sent" if lesson else "known" if known else ""
         while request_id not in kiro.responses:
             now = time.monotonic()
             self.link.check_alive(kiro, turn.prompted_at)
@@ -1769,12 +1808,17 @@ class Conversation:
         if reason == "error":
             return ""
         self._refusals.clear()
-        _, taught = self.store.get_facts(kiro.session_id)
-        knows = taught or (kiro.taught and reason == "end_turn")
-        self.store.set_facts(kiro.session_id, ended=True, taught=knows)
+        self._note_facts(kiro.session_id, taught=kiro.lesson == "known" or kiro.lesson == "sent" and reason == "end_turn")
         if turn.cancel_sent:
             raise Stopped
         return STOP_REASONS.get(reason, "")
+
+    def _note_facts(self, session_id: str, taught: bool) -> None:
+        """Note that the session has a history, and whether Kiro knows the tags; no reason to lose an answer."""
+        try:
+            self.store.set_facts(session_id, ended=True, taught=taught)
+        except StoreError as error:
+            log.error("What is known of a session can't be noted: %s", error)
 
     def _obey_stop(self, kiro: Kiro, turn: Turn, now: float) -> float:
         """Pass a stop on to Kiro, and end a Kiro that does not obey; return when to look again."""
@@ -1844,17 +1888,26 @@ class Conversation:
 
     def _deliver(self, turn_id: Optional[int], parts: "list[tuple[int, dict]]") -> None:
         """Send the parts in order, and tick each off when Telegram has confirmed it."""
-        for position, part in parts:
-            if part.get("buttons") == "offer" and turn_id is not None:
-                part = {**part, "buttons": [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]}
-            self._send_part(turn_id, position, part)
         try:
+            for position, part in parts:
+                if part.get("buttons") == "offer" and turn_id is not None:
+                    part = {**part, "buttons": [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]}
+                self._send_part(turn_id, position, part)
             if turn_id is not None:
                 self.store.finish(turn_id)
+        except Unreachable as error:
+            log.error("An answer to %s/%s stays in the journal: %s", self.user_id, self.thread_id, error)
         except StoreError as error:
             log.error("The end of a turn can't be journaled: %s", error)
 
     def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> None:
+        self.sending = True
+        try:
+            self._send_and_tick(turn_id, position, part)
+        finally:
+            self.sending = False
+
+    def _send_and_tick(self, turn_id: Optional[int], position: int, part: dict) -> None:
         if part["kind"] == "file":
             refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
             if refusal:
@@ -1869,16 +1922,18 @@ class Conversation:
         except StoreError as error:
             log.error("A part that was sent can't be ticked off: %s", error)
         for n, piece in enumerate(pieces):
-            self._send_part(turn_id, position + n, piece)
+            self._send_and_tick(turn_id, position + n, piece)
 
-    def _recover(self, unfinished: UnfinishedTurn) -> None:
+    def _recover(self) -> None:
         """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
+        with self.lock:
+            unfinished = self.unfinished.popleft()
+            self._finishing = unfinished.turn_id
         if unfinished.state == "begun":
             parts = self._card(unfinished)
             self.store.answer(unfinished.turn_id, [json.dumps(part) for part in parts], offer=True)
         self._deliver(unfinished.turn_id, [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)])
-        with self.lock:
-            self.unfinished.popleft()
+        self._finishing = None
 
     def _card(self, unfinished: UnfinishedTurn) -> "list[dict]":
         asked = []
@@ -1897,7 +1952,9 @@ class Conversation:
 
     def _serve_job(self, turn: Turn, job: "Callable[[Turn, Incoming], tuple[str, Optional[list]]]") -> None:
         """Do what is no prompt: /new, and /model when Kiro has to be asked."""
-        incoming = self.waiting[0]
+        with self.lock:
+            incoming = self.waiting.popleft()
+            turn.messages = [incoming]
         try:
             text, buttons = job(turn, incoming)
         except Stopped:
@@ -1908,10 +1965,9 @@ class Conversation:
         turn.ended = True
         notes, self._notes = self._notes, []
         self.chat.say("\n".join([*notes, text]), buttons)
-        with self.lock:
-            self.waiting.popleft()
-            if incoming.command == "new" and incoming.argument:      # "/new do this": the rest is a message
-                incoming.command, incoming.message.text = "", incoming.argument
+        if incoming.command == "new" and incoming.argument:      # "/new do this": the rest is a message
+            incoming.command, incoming.message.text = "", incoming.argument
+            with self.lock:
                 return self.waiting.appendleft(incoming)
         self.store.done(incoming.update_id)
 
@@ -1990,7 +2046,7 @@ class Conversation:
             self._forget(permission)
         permission.answer(None)
         if permission.message_id is not None:
-            self.bot.errand(self.chat.settle, permission.message_id, f"{permission.text}\n\n→ Refused: {why}.")
+            self.bot.errand(self.key, self.chat.settle, permission.message_id, f"{permission.text}\n\n→ Refused: {why}.")
 
     def _refuse_all(self, why: str) -> None:
         for permission in list(self.turn.permissions.values()) if self.turn else ():
@@ -2240,7 +2296,7 @@ class Kiro:
         self.agent: Optional[dict] = None        # its answer to initialize
         self.session_id = ""                     # once it is loaded
         self.models: Optional[Models] = None
-        self.taught = False                      # this prompt carries the lesson
+        self.lesson = ""                         # about the bot's tags: "known" to the session, or "sent" with this prompt
         self.kept_warm = False                   # counted among the warm ones
         self.exit_noticed = False                # by the conversation, which had handled all earlier frames then
         self.in_flight: "dict[str, tuple[int, float]]" = {}   # by method: request id, when it was sent
@@ -2963,6 +3019,7 @@ class Topic(Chat):
 
     def leave(self) -> None:
         self._pace.leave(self._thread_id)
+        self._gone = False                     # Telegram may have been wrong; it is asked again
 
     def frame(self, draft_id: int, said: str, status: str) -> None:
         """Send a frame, once: the next one is soon due, and an answer never waits for it."""
@@ -3036,10 +3093,9 @@ class Topic(Chat):
             self._post_plain(piece, buttons if n == len(pieces) else None, seconds=SAY_SECONDS)
 
     def ask(self, text: str, buttons: list) -> int:
-        sent = self._telegram.call(apihelper.send_message, self._user_id, text, chat=self._user_id, reply_markup=markup(buttons),
-                                   message_thread_id=None if self._gone else self._thread_id or None,
-                                   link_preview_options=types.LinkPreviewOptions(is_disabled=True))
-        return sent["message_id"]
+        if self._pace.closed_for():
+            raise TooManyRequests(self._pace.closed_for())
+        return self._post_plain(text, buttons, seconds=0)["message_id"]
 
     def settle(self, message_id: int, text: str) -> None:
         try:
@@ -3161,14 +3217,15 @@ PROSE = re.compile(FENCE + "|" + r"""
     (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\](?:\([^()\n]*\))?|[^\[\]\\`\n])*)\]
         \((?P<target><[^<>\n]*>|[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\))
     |(?P<code>""" + CODE_SPAN + r""")
-    |(?P<definition>^[ ]{0,3}\[(?!\^)[^\]\n]+\]:[ \t]*\S+[^\n]*$)
+    |(?P<definition>^[ ]{0,3}\[(?=(?!\^)[^\]\n]+\]:))
     |(?P<escaped>\\[!-/:-@\[-`{-~])
     |(?P<break><br\s*/?>)
     |<(?P<auto>https?://[^\s<>]+)>
     |(?P<url>https?://[^\s<>"`|\]]+)
     |(?P<tag>^[ ]{0,3}\#{1,6}(?=[^\s\#]))
-    |(?P<mark>\$|<|==+|\|\||!(?=\[))
+    |(?P<mark>\$|<|==+|\|\|+|!(?=\[))
     """, re.M | re.S | re.X)
+TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*:?-+:?[ \t]*\|?[ \t]*")
 SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?(?:[/?#]\S*)?|tg://\S+")
 
 
@@ -3338,7 +3395,7 @@ def _safe_token(match: "re.Match[str]") -> str:
     if match["link"]:
         return _safe_link(match["label"], match["target"])
     if match["definition"]:
-        return "\\" + match["definition"].lstrip()
+        return "\\["
     if match["break"]:
         return " "
     if match["auto"]:
@@ -3361,8 +3418,8 @@ def _safe_mark(match: "re.Match[str]") -> str:
     if mark == "!":                            # of an image whose link is in no known form
         return ""
     line = match.string[match.string.rfind("\n", 0, match.start()) + 1:match.start()]
-    if mark == "||" and line.lstrip().startswith("|"):
-        return "| |"                           # an empty cell
+    if mark[0] == "|" and line.lstrip().startswith("|"):
+        return " ".join(mark)                  # empty cells
     return "".join("\\" + sign for sign in mark)
 
 
@@ -3386,11 +3443,11 @@ def safe_label(url: str) -> str:
 
 def hard_breaks(text: str) -> str:
     """Keep single line ends, which Markdown would fold into one line, by two spaces before them."""
-    lines, fence = text.split("\n"), ""
+    lines, fence, in_table = text.split("\n"), "", False
     for n, line in enumerate(lines[:-1]):
         before, fence = fence, next_fence(fence, line)
-        in_code = before or fence
-        if not in_code and line.strip() and lines[n + 1].strip() and not line.lstrip().startswith("|"):
+        in_table = "|" in line and (in_table or bool(TABLE_RULE.fullmatch(lines[n + 1])))
+        if not (before or fence or in_table) and line.strip() and lines[n + 1].strip():
             lines[n] = line.rstrip() + "  "
     return "\n".join(lines)
 
@@ -3537,7 +3594,7 @@ def announce(bot: Bot) -> None:
     log.info("Folder: %s", settings.workspaces)
     purge(bot.store)
     log.info("Database: %s, %d sessions", settings.folder / DATABASE, bot.store.count_sessions())
-    bot.errand(bot.telegram.call, apihelper.set_my_commands, [types.BotCommand(*item) for item in COMMANDS.items()])
+    bot.errand("menu", bot.telegram.call, apihelper.set_my_commands, [types.BotCommand(*item) for item in COMMANDS.items()])
 
 
 def purge(store: SessionStore) -> None:

@@ -1224,7 +1224,7 @@ HREF = re.compile(r"<(?:a|img)\b[^>]*?(?:href|src)\s*=\s*[\"']?([^\"'\s>]*)", re
 GOOD_TARGET = re.compile(r"(?:https?://[^\s/?#:@]+\.[^\s/?#:@]+|tg://\w|mailto:[^@\s]+@\S+\.\S)", re.IGNORECASE)
 AUTOLINK = re.compile(r"<(?:https?://|mailto:|tg://)[^\s<>]+>", re.IGNORECASE)
 ODD_EMAIL = re.compile(r"\b\w[\w.+-]*:[\w.+-]+@[\w-]+\.\w")
-BLOCK_START = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|#{1,6}\s|>|\||\[\^?\w+\]:|([-*_])(?:\s*\1){2,}\s*$|<|CODE)")
+BLOCK_START = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|#{1,6}\s|>|\[\^?\w+\]:|([-*_])(?:\s*\1){2,}\s*$|<|CODE)")
 COMPLETE = re.compile(r"\s*(?:#|CODE|<|(?:[-*_=]\s*){3,}$)")
 UNDERLINE = re.compile(r"\s*(?:=+|-+)\s*")
 DELIMITER_ROW = re.compile(r"[\s>]*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
@@ -1317,7 +1317,8 @@ def soft_breaks(lines, rows):
         quoted = line.lstrip().startswith(">") and following.lstrip().startswith(">")
         text, following = (part.lstrip(" >") if quoted else part for part in (line, following))
         ends = not text.strip() or number in rows or line.endswith("  ") or COMPLETE.match(text)
-        begins = not following.strip() or BLOCK_START.match(following) or UNDERLINE.fullmatch(following)
+        begins = (not following.strip() or BLOCK_START.match(following) or UNDERLINE.fullmatch(following)
+                  or number + 1 in rows)
         if not ends and not begins:
             yield "a line break that is lost", line
 
@@ -2543,7 +2544,12 @@ if __name__ == "__main__":
 # The tests: fixtures
 # ---------------------------------------------------------------------------------------------------------
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+
+from bot import SettingsError, read_settings
+from sessions import SessionRecord, SessionStore, StoreError
 
 
 @pytest.fixture
@@ -2578,19 +2584,663 @@ def bot(start):
     return start()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The tests: the store and the settings
+# ---------------------------------------------------------------------------------------------------------
+
+
+
+
+@pytest.fixture
+def store(tmp_path):
+    with SessionStore(db_path=str(tmp_path / "tg-acp.db")) as store:
+        yield store
+
+
+def rows(store_path):
+    with contextlib.closing(sqlite3.connect(store_path)) as connection:
+        return connection.execute("SELECT * FROM sessions").fetchall()
+
+
+def test_the_table_of_sessions_is_the_owners(store, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "tg-acp.db")) as connection:
+        columns = [column[1:] for column in connection.execute("PRAGMA table_info(sessions)")]
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert columns == [("user_id", "INTEGER", 1, None, 1), ("thread_id", "INTEGER", 1, None, 2),
+                       ("session_id", "TEXT", 1, None, 0), ("workspace_path", "TEXT", 1, None, 0),
+                       ("model", "TEXT", 1, "'auto'", 0), ("created_at", "TEXT", 1, None, 0),
+                       ("updated_at", "TEXT", 1, None, 0)]
+
+
+def test_a_session_belongs_to_one_user_and_thread(store):
+    store.set_model(1, 2, "claude")
+    assert store.get_session(user_id=1, thread_id=2) is None and store.get_model(1, 2) == "auto"
+    store.upsert_session(user_id=1, thread_id=2, session_id="s", workspace_path="/w")
+    assert store.get_session(1, 2) == SessionRecord(user_id=1, thread_id=2, session_id="s", workspace_path="/w")
+    assert store.get_session(2, 1) is store.get_session(1, 1) is None
+    store.delete_session(user_id=1, thread_id=2)
+    assert store.get_session(1, 2) is None
+
+
+def test_a_new_session_keeps_created_at_and_starts_at_auto(store, tmp_path):
+    store.upsert_session(1, 2, "old", "/old")
+    store.set_model(user_id=1, thread_id=2, model="claude")
+    assert store.get_model(user_id=1, thread_id=2) == "claude"
+    [(*_, created, updated)] = rows(tmp_path / "tg-acp.db")
+    assert created == updated and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00", created)
+    store.upsert_session(1, 2, "new", "/new")
+    [(*record, again, later)] = rows(tmp_path / "tg-acp.db")
+    assert record == [1, 2, "new", "/new", "auto"] and again == created and later > updated
+
+
+def test_a_store_is_closed_at_the_end_of_its_block(tmp_path):
+    with SessionStore(str(tmp_path / "db")) as store:
+        store.upsert_session(1, 2, "s", "/w")
+    with pytest.raises(StoreError, match="closed"):
+        store.get_session(1, 2)
+    with SessionStore(str(tmp_path / "db")) as store:
+        assert store.get_session(1, 2).session_id == "s"
+
+
+def test_many_threads_use_a_store_at_once(store):
+    def use(user):
+        for thread in range(10):
+            store.upsert_session(user, thread, f"{user}/{thread}", "/w")
+            store.set_model(user, thread, f"model {user}")
+            assert store.get_session(user, thread) == (user, thread, f"{user}/{thread}", "/w", f"model {user}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(8)))
+    assert store.count_sessions() == 80
+
+
+GOOD = {"BOT_TOKEN": TOKEN}
+
+
+@pytest.mark.parametrize("name, value", [
+    ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"), ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "-5"),
+    ("KIRO_COMMAND", 'kiro "acp'), ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"), ("WARM_SECONDS", "-1"),
+    ("WARM_SECONDS", "nan"), ("TOOL_APPROVAL", "maybe"), ("SILENCE_SECONDS", "soon"), ("SILENCE_SECONDS", "0"),
+    ("RICH_MESSAGES", "2"), ("LOG_LEVEL", "LOUD"), ("TELEGRAM_API_URL", "ftp://x"), ("TELEGRAM_API_URL", "http://")])
+def test_a_bad_setting_is_named(name, value, tmp_path):
+    with pytest.raises(SettingsError, match=rf"\A{name}\b[^\n]*\Z"):
+        read_settings({**GOOD, name: value}, tmp_path)
+
+
+def test_settings_have_their_defaults(tmp_path):
+    settings = read_settings(GOOD, tmp_path)
+    assert settings.kiro_command == ["kiro-cli", "acp", "--agent-engine", "v2"]
+    assert (settings.allowed, settings.max_processes, settings.warm_seconds) == (frozenset(), 3, 300)
+    assert (settings.ask_permission, settings.silence_seconds, settings.rich_messages) == (True, 600, True)
+    assert (settings.log_level, settings.api_url) == ("INFO", "https://api.telegram.org")
+    assert settings.workspaces == tmp_path.resolve() / "workspaces"
+
+
+def test_a_bad_setting_ends_the_bot_with_status_2(make_bot):
+    bot = make_bot()
+    for settings in ({"BOT_TOKEN": None}, {"MAX_PROCESSES": "many", "BOT_TOKEN": TOKEN},
+                     {"WORKSPACE_BASE_PATH": "/dev/null/x", "MAX_PROCESSES": 1}):
+        result = bot.run(**settings)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert next(iter(settings)) in result.stderr and len(result.stderr.splitlines()) == 1
+
 
 # ---------------------------------------------------------------------------------------------------------
 # The tests: a session
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_topic_keeps_its_session(telegram, bot):
-    telegram.write("hello", thread=7)
+def ask(telegram, text, thread=7, user=ALICE):
+    """Write a message and wait for its answer; returns the answer's text."""
+    message = telegram.write(text, thread=thread, user=user)
+    return telegram.answer(thread=thread, user=user, after=message).text
+
+
+def states(bot):
+    """How far the messages are, in order of arrival."""
+    return [row["state"] for row in bot.database("SELECT state FROM inbox ORDER BY id")]
+
+
+def settle(bot):
+    """Wait until all messages are done."""
+    wait_until(lambda: set(states(bot)) == {"done"}, what="the end of all turns")
+
+
+def row_of(bot, thread=7, user=ALICE):
+    [row] = bot.database("SELECT * FROM sessions WHERE user_id = ? AND thread_id = ?", user["id"], thread)
+    return row
+
+
+def sent(bot, method):
+    """The parameters of each such request that agents got."""
+    return [entry["frame"]["params"] for entry in bot.wire("in", method)]
+
+
+def test_every_topic_of_every_user_has_its_own_session_and_folder(telegram, bot):
+    for thread, user in ((7, ALICE), (8, ALICE), (7, BOB), (None, BOB)):
+        assert ask(telegram, f"hello from {thread}", thread, user=user) == f"echo: hello from {thread}"
+        folder, row = bot.workspace(thread or 0, user), row_of(bot, thread or 0, user)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert sent(bot, "session/new")[-1] == {"cwd": str(folder), "mcpServers": []}
+        assert (row["workspace_path"], row["model"]) == (str(folder), "auto")
+        assert row["session_id"] == sent(bot, "session/prompt")[-1]["sessionId"]
+    assert len({row["session_id"] for row in bot.database()}) == 4
+    recalled = ask(telegram, "!recall", 7)
+    assert "hello from 7" in recalled and "hello from 8" not in recalled
+    assert {entry["frame"]["cwd"] for entry in bot.wire("start")} == {row["workspace_path"] for row in bot.database()}
+
+
+@pytest.mark.parametrize("replay", ["before", "after"])
+def test_a_restart_remembers(telegram, start, replay):
+    bot = start(WARM_SECONDS=0)
+    bot.habits(replay=replay, forget_model=True)
+    ask(telegram, "first")
+    ask(telegram, "/model claude-haiku-4.5")
+    ask(telegram, "second")
+    settle(bot)
+    bot.restart()
+    recalled = ask(telegram, "!recall")
+    assert "first" in recalled and "second" in recalled
+    assert ask(telegram, "!model") == "model: claude-haiku-4.5"
+    session = row_of(bot)["session_id"]
+    assert sent(bot, "session/load") == 3 * [{"sessionId": session, "cwd": str(bot.workspace(7)), "mcpServers": []}]
+    assert sent(bot, "session/set_model") == 3 * [{"sessionId": session, "modelId": "claude-haiku-4.5"}]
+    assert len({entry["pid"] for entry in bot.wire("in", "session/prompt")}) == 4
+    assert not telegram.find((*LASTING, DRAFT), when=lambda call: call.text.count("echo:") > 1)
+
+
+def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
+    telegram.write("!wait go", thread=7)
+    telegram.write("/model claude-sonnet-4", thread=7)
+    bot.wait_prompt("!wait go")
+    old = row_of(bot)
+    with telegram.batch_of_updates():
+        for text in ("before", "/new", "!recall"):
+            telegram.write(text, thread=7)
+    bot.open_gate("go")
+    telegram.answer("0 before", thread=7)
+    [first, _, new] = [answer for answer in telegram.texts(7) if "Model for this topic" not in answer][-3:]
+    assert (first, new) == ("echo: before", "0 before: ")
+    row = row_of(bot)
+    assert row["session_id"] != old["session_id"] and row["created_at"] == old["created_at"]
+    assert (row["model"], row["workspace_path"]) == ("claude-sonnet-4", old["workspace_path"])
+
+
+def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
+    bot = hurry(make_bot(), FRAME_SECONDS=0.02).start()
+    assert ask(telegram, "/start") == ask(telegram, "/help") and "/new" in telegram.texts()[-1]
+    assert "none yet" in ask(telegram, "/status")
+    ask(telegram, "!context 42")
+    row = row_of(bot)
+    telegram.write("!say x\n!wait go", thread=7)
+    bot.wait_prompt("!wait go")
+    waiting = telegram.write("more", thread=7)
+    status = ask(telegram, "/status")
+    for part in (row["session_id"], row["workspace_path"], "auto", "42 %", "Running", "1 waiting"):
+        assert part in status
+    telegram.wait_for(DRAFT, containing="x", after=telegram.find(containing="1 waiting")[0])
+    bot.open_gate("go")
+    telegram.answer("echo: more", after=waiting)
+    assert {command["command"] for command in telegram.commands} == {"new", "stop", "model", "status", "help"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: drafts and Stop
+# ---------------------------------------------------------------------------------------------------------
+
+
+def hurry(bot, **constants):
+    """Let the bot run with other constants, so that a test need not wait for the real ones."""
+    changes = "; ".join(f"bot.{name} = {value}" for name, value in constants.items())
+    program = f"import bot; {changes}; bot.start([])"
+    bot.command = lambda *_: [sys.executable, "-c", program]
+    return bot
+
+
+@pytest.fixture
+def quick(make_bot):
+    """A bot that sends many frames."""
+    return hurry(make_bot(), FRAME_SECONDS=0.02, KEEP_ALIVE_SECONDS=0.1).start()
+
+
+def press_stop(telegram, draft):
+    telegram.stop(draft)
+
+
+def write_stop(telegram, draft):
+    telegram.write("/stop", thread=draft.thread)
+
+
+STOPS = [(7, press_stop), (8, write_stop)]
+
+
+def test_a_draft_appears_at_once_and_grows(telegram, quick):
+    bot = quick
+    begun = time.monotonic()
+    telegram.write("!say one\n!wait go\n!say two\n!wait on", thread=7)
+    first = telegram.wait_for(DRAFT)
+    assert first.time - begun < 0.5
+    assert (first.text, first.thread, first.params["can_stop"]) == ("Thinking…", 7, True)
+    telegram.wait_for(DRAFT, containing="one")
+    bot.open_gate("go")
+    telegram.wait_for(DRAFT, containing="onetwo")
+    bot.open_gate("on")
+    answer = telegram.answer("onetwo", thread=7)
+    assert {draft.params["draft_id"] for draft in telegram.drafts(7)} == {first.params["draft_id"]}
+    ask(telegram, "next")
+    assert telegram.drafts(7, after=answer)[0].params["draft_id"] != first.params["draft_id"]
+
+
+def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
+    for thread in (7, 8):
+        telegram.write("!chunks 70 50 0.05", thread=thread)
+    for thread in (7, 8):
+        telegram.answer("00069", thread=thread)
+    drafts = telegram.drafts()
+    firsts = {draft.params["draft_id"]: draft for draft in reversed(drafts)}.values()
+    paced = [draft for draft in drafts if draft not in firsts]
+    gaps = [draft.time - drafts[drafts.index(draft) - 1].time for draft in paced]
+    assert {draft.thread for draft in paced} == {7, 8} and min(gaps) > 1.4
+
+
+def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, quick):
+    bot = quick
+    telegram.write("!chunks 90 100\n!tool execute Running: make\n!wait go", thread=7)
+    draft = telegram.wait_for(DRAFT, containing="make", count=4)
+    assert f"{89:099d}" in draft.text and f"{0:099d}" not in draft.text
+    bot.open_gate("go")
+    telegram.answer(f"{89:099d}", thread=7)
+    last = telegram.answer(f"{89:099d}", thread=7)
+    assert not telegram.drafts(after=last)
+
+
+def test_stop_ends_a_running_turn_and_keeps_what_was_said(telegram, quick):
+    bot = quick
+    for thread, stop in STOPS:
+        telegram.write("!say so far\n!silence", thread=thread)
+        stop(telegram, telegram.wait_for(DRAFT, containing="so far", thread=thread))
+        answer = telegram.answer("so far", thread=thread)
+        assert answer.text.startswith("so far\n") and "Stopped" in answer.text
+        assert ask(telegram, "go on", thread) == "echo: go on"
+    assert len(bot.wire("in", "session/cancel")) == 2
+    assert "Nothing is running" in ask(telegram, "/stop")
+
+
+def test_stop_ends_a_turn_that_is_starting(telegram, bot):
+    bot.habits(new={"gate": "open"})
+    for thread, stop in STOPS:
+        telegram.write("never", thread=thread)
+        bot.wait_wire("in", "session/new", count=thread - 6)
+        stop(telegram, telegram.wait_for(DRAFT, thread=thread))
+        assert "Stopped" in telegram.answer(thread=thread).text
+    bot.open_gate("open")
+    assert ask(telegram, "!recall").startswith("0 before")
+    assert not any("never" in prompt for prompt in bot.prompts())
+
+
+def test_stop_ends_a_turn_that_waits_for_a_place(telegram, start):
+    bot = start(MAX_PROCESSES=1)
+    telegram.write("!wait go", thread=6)
+    bot.wait_prompt("!wait go")
+    for thread, stop in STOPS:
+        telegram.write("never", thread=thread)
+        stop(telegram, telegram.wait_for(DRAFT, thread=thread, containing="Waiting for a free place"))
+        assert "Stopped" in telegram.answer(thread=thread).text
+    bot.open_gate("go")
+    telegram.answer(thread=6)
+    assert ask(telegram, "now", 8) == "echo: now"
+    assert len(bot.prompts()) == 2
+
+
+def test_the_button_of_an_older_draft_does_nothing(telegram, quick):
+    bot = quick
+    ask(telegram, "first")
+    old = telegram.drafts(7)[0]
+    telegram.write("!say still here\n!wait go", thread=7)
+    telegram.wait_for(DRAFT, containing="still here")
+    press = telegram.stop(old)
+    telegram.wait_until(lambda: telegram.is_acknowledged(press))
+    bot.open_gate("go")
+    assert telegram.answer("still here").text == "still here"
+    assert not bot.wire("in", "session/cancel")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: the journal, the queue, many topics
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_journal_knows_how_far_each_message_is(telegram, bot):
+    first = telegram.write("!say said\n!wait go", thread=7)
+    bot.wait_prompt("!wait go")
+    assert states(bot) == ["begun"]
+    second = telegram.write("second", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(second))
+    assert states(bot) == ["begun", "waiting"]
+    unconfirmed = telegram.fault("sendMessage", hang=10)
+    bot.open_gate("go")
+    telegram.answer("said")
+    assert states(bot) == ["answered", "waiting"]
+    unconfirmed.end()
+    telegram.answer("echo: second")
+    telegram.redeliver(first)
+    settle(bot)
+    assert ask(telegram, "third") == "echo: third" and len(bot.prompts()) == 3
+
+
+def test_a_message_that_cannot_be_journaled_is_not_acknowledged(telegram, bot):
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON inbox BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+        message = telegram.write("hello", thread=7)
+        telegram.answer("can't store", thread=7)
+        assert not telegram.is_acknowledged(message)
+        other.execute("DROP TRIGGER full")
+    bot.restart()
     telegram.answer("echo: hello", thread=7)
-    telegram.write("again", thread=7)
-    telegram.answer("echo: again", thread=7)
-    bot.wait_wire("in", "session/load")
-    assert len(bot.wire("in", "session/new")) == 1
+    telegram.wait_until(lambda: telegram.is_acknowledged(message))
+
+
+def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, bot):
+    telegram.write("!wait go", thread=7)
+    bot.wait_prompt("!wait go")
+    texts = ["one", "two", "three", "/compact now", "four", "five"]
+    messages = [telegram.write(text, thread=7) for text in texts]
+    telegram.edit(messages[1], "TWO")
+    telegram.wait_for("setMessageReaction")
+    telegram.wait_until(lambda: telegram.acknowledged > telegram.last_update_id)
+    bot.open_gate("go")
+    telegram.answer("echo: four")
+    assert telegram.texts(7)[1:] == ["echo: one\n\nTWO\n\nthree", "Compacted.", "echo: four\n\nfive"]
+    assert bot.prompts()[2] == "/compact now" and len(bot.prompts()) == 4
+    [reaction] = telegram.find("setMessageReaction")
+    assert reaction.params["message_id"] == messages[0]["message_id"]
+
+
+def test_a_pasted_text_that_the_client_split_is_one_prompt(telegram, bot):
+    telegram.write("x" * 4096, thread=7)
+    telegram.write("y", thread=7)
+    telegram.answer(thread=7, when=lambda call: call.text.endswith("xx\ny"))
+    assert len(bot.prompts()) == 1
+
+
+def most_at_once(bot):
+    """How many agents there were at most."""
+    count = most = 0
+    for entry in bot.wire():
+        count += {"start": 1, "exit": -1}.get(entry["dir"], 0)
+        most = max(most, count)
+    return most
+
+
+def test_twelve_topics_share_three_places(telegram, start):
+    bot = start(MAX_PROCESSES=3)
+    with telegram.batch_of_updates():
+        for thread in range(11, 23):
+            telegram.write(f"!wait go\n!say topic {thread}", thread=thread)
+    bot.wait_wire("in", "session/prompt", count=3)
+    drafts = {thread: telegram.wait_for(DRAFT, thread=thread) for thread in range(11, 23)}
+    begun = time.monotonic()
+    assert "Waiting for a free place" in ask(telegram, "/status", 20)
+    for thread in (11, 21):
+        telegram.stop(drafts[thread])
+        assert "Stopped" in telegram.answer(thread=thread).text
+    assert time.monotonic() - begun < 2
+    bot.open_gate("go")
+    for thread in set(range(11, 23)) - {11, 21}:
+        telegram.answer(f"topic {thread}", thread=thread)
+    assert most_at_once(bot) == 3
+
+
+def test_errands_of_one_topic_hold_up_no_other(telegram, bot):
+    stuck = telegram.fault("sendMessage", hang=10, times=None, when=lambda call: call.thread == 7)
+    for _ in range(5):
+        telegram.write("/status", thread=7)
+    telegram.wait_for("sendMessage", thread=7)
+    telegram.write("/status", thread=8)
+    telegram.answer(thread=8, timeout=3)
+    stuck.end()
+
+
+def test_places_are_given_in_order_of_arrival(telegram, start):
+    bot = start(MAX_PROCESSES=1)
+    threads = [30, 24, 27, 21, 29, 22]
+    telegram.write("!wait go", thread=threads[0])
+    bot.wait_prompt("!wait go")
+    with telegram.batch_of_updates():
+        for thread in threads[1:]:
+            telegram.write("hello", thread=thread)
+    for thread in threads[1:]:
+        telegram.wait_for(DRAFT, thread=thread)
+    bot.open_gate("go")
+    for thread in threads:
+        telegram.answer(thread=thread)
+    assert [Path(params["cwd"]).name for params in sent(bot, "session/new")] == [str(thread) for thread in threads]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: what answers look like
+# ---------------------------------------------------------------------------------------------------------
+
+
+def recite(telegram, bot, text, thread=7):
+    """Let Kiro say this; returns the lasting messages, as texts."""
+    bot.control_file("text", text)
+    message = telegram.write("!recite text 5000", thread=thread)
+    telegram.wait_until(lambda: telegram.is_acknowledged(message))
+    settle(bot)
+    return telegram.texts(thread, after=message)
+
+
+def test_a_long_plain_answer_arrives_whole_and_in_order(telegram, bot):
+    paragraphs = "\n\n".join(f"Paragraph {n} says\n" + "something rather long " * 12 + "." for n in range(60))
+    line = " ".join(f"word{n}" for n in range(2000))
+    smileys = "😀" * 5000
+    for text, glue in ((paragraphs, "\n\n"), (line, ""), (smileys, "")):
+        parts = recite(telegram, bot, text)
+        assert len(parts) >= 3 and max(map(utf16_length, parts)) <= 4096
+        assert glue.join(parts) == text
+    assert all(call.params["link_preview_options"] == {"is_disabled": True} for call in telegram.find("sendMessage"))
+
+
+CODE_LINES = [f"    call_{n}(x < {n}, '$a $b')  # || ==" + " " * (n % 3) for n in range(1500)]
+
+
+@pytest.mark.parametrize("rich", ["on", "off"])
+def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, start, rich):
+    bot = start(RICH_MESSAGES=rich)
+    parts = recite(telegram, bot, "**Before**\n\n```python\n" + "\n".join(CODE_LINES) + "\n```\n\nAfter $5 and $6.")
+    assert max(map(len, parts)) <= {"on": 32768, "off": 4096}[rich] and len(parts) > 1
+    code = []
+    for part in parts:
+        inside = re.search(r"^```python\n(.*?)\n```$", part, re.DOTALL | re.MULTILINE)
+        code += inside[1].split("\n") if inside else []
+        assert part.count("```") == 2 * bool(inside)
+    assert code == CODE_LINES
+    assert parts[0].startswith("**Before**") and parts[-1].endswith("6.")
+    assert not telegram.garbled and not telegram.find(ok=False)
+
+
+RISKY = """\
+# A heading
+#tag and a price of $5 to $6, ||hidden||, ==marked==, a <word> and me@example.org or odd:me@example.org
+See [the file](src/main.py:12), [a word](word), [good](https://example.org/a_b?q=1) and <https://example.org>.
+![a picture](shots/a.png) and ![far](https://example.org/a.png)
+[INFO]: costs $7 or $8 for <T>
+
+| a | b |
+|---|---|
+| 1 | x || y |
+
+- item
+  continued
+
+`code with $1 || $2 <b>`
+```sh
+echo $HOME || cat <file>  # [x](y)
+```
+Title
+-----
+the end of it
+"""
+
+
+def test_markdown_is_made_safe_and_looks_right(telegram, bot):
+    [part] = recite(telegram, bot, RISKY)
+    assert telegram.find("sendRichMessage")[-1].params["rich_message"]["skip_entity_detection"] is True
+    assert not telegram.garbled and not telegram.find(ok=False)
+    for kept in ("# A heading", "[good](https://example.org/a_b?q=1)", "| a | b |\n|---|---|", "`code with $1 || $2 <b>`",
+                 "```sh\necho $HOME || cat <file>  # [x](y)\n```", "the file", "src/main.py:12", "a picture", "- item"):
+        assert kept in part
+    assert "![" not in part and "\\$5" in part and "&lt;word" in part
+
+
+def test_a_refused_rich_message_comes_as_plain_text(telegram, bot):
+    telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_DEPTH_INVALID")
+    assert recite(telegram, bot, "**bold** and $5") == ["**bold** and $5"]
+    telegram.fault("sendRichMessage", status=404, description="Not Found")
+    assert recite(telegram, bot, "**again** and $5") == ["**again** and $5"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: models
+# ---------------------------------------------------------------------------------------------------------
+
+
+def model_list(telegram, thread=7):
+    message = telegram.write("/model", thread=thread)
+    return telegram.answer(thread=thread, after=message)
+
+
+def choose(telegram, listed, name):
+    """Press a model's button and wait until the list says so."""
+    query = telegram.press(listed, name)
+    telegram.wait_for("answerCallbackQuery", after=query)
+    telegram.wait_for("editMessageText", after=query, containing="Model for this topic")
+    assert not telegram.buttons(listed)
+
+
+def test_a_model_is_chosen_before_the_first_message(telegram, bot):
+    listed = model_list(telegram)
+    assert [button["text"].lstrip("✓ ") for button in telegram.buttons(listed)] == MODELS
+    choose(telegram, listed, "claude-haiku-4.5")
+    assert row_of(bot)["model"] == "claude-haiku-4.5"
+    assert ask(telegram, "!model") == "model: claude-haiku-4.5"
+    refusal = ask(telegram, "/model gpt-2")
+    assert "gpt-2" in refusal and all(model in refusal for model in MODELS)
+    assert row_of(bot)["model"] == "claude-haiku-4.5"
+    ask(telegram, "/model claude-sonnet-4")
+    assert ask(telegram, "!model") == "model: claude-sonnet-4"
+    assert ask(telegram, "!model", 8) == "model: auto"
+
+
+def test_a_model_is_chosen_during_a_turn(telegram, bot):
+    telegram.write("!wait go\n!model", thread=7)
+    bot.wait_prompt("!wait go")
+    choose(telegram, model_list(telegram), "qwen3-coder-next")
+    bot.open_gate("go")
+    telegram.answer("model: auto")
+    assert ask(telegram, "!model") == "model: qwen3-coder-next"
+
+
+@pytest.mark.parametrize("dialect", ["config", "grouped", "both", "models"])
+def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
+    long = "anthropic/" + "claude" * 20 + "[1m](beta)"
+    bot.habits(dialect=dialect, models=["auto", "short", long, long + "2"])
+    listed = model_list(telegram)
+    assert len({button["callback_data"] for button in telegram.buttons(listed)}) == 4
+    telegram.press(listed, 2)
+    telegram.wait_for("editMessageText", containing="Model for this topic")
+    assert row_of(bot)["model"] == long
+    ask(telegram, "hello")
+    by_option = dialect in ("config", "grouped")
+    [choice] = sent(bot, "session/set_config_option" if by_option else "session/set_model")
+    del choice["sessionId"]
+    assert choice == ({"configId": "llm", "value": long} if by_option else {"modelId": long})
+
+
+def test_a_model_that_has_vanished_falls_back_to_auto(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    ask(telegram, "/model claude-haiku-4.5")
+    bot.wait_agents(0)
+    bot.habits(models=["auto", "other"])
+    note = ask(telegram, "!model")
+    assert "claude-haiku-4.5 is no longer offered" in note and row_of(bot)["model"] == "auto"
+    telegram.answer("model: auto")
+
+
+def test_the_last_of_two_quick_choices_counts(telegram, bot):
+    bot.habits(set_model={"gate": "go"})
+    ask(telegram, "/model")
+    ask(telegram, "/model claude-haiku-4.5")
+    bot.wait_wire("in", "session/set_model")
+    ask(telegram, "/model claude-sonnet-4")
+    telegram.write("!model", thread=7)
+    telegram.wait_for(DRAFT, count=2)
+    bot.open_gate("go")
+    assert telegram.answer("model: ").text == "model: claude-sonnet-4"
+
+
+def test_a_stop_leaves_no_choice_behind(telegram, bot):
+    bot.habits(set_model={"gate": "go"})
+    ask(telegram, "/model")
+    ask(telegram, "/model claude-haiku-4.5")
+    bot.wait_wire("in", "session/set_model")
+    telegram.write("never", thread=7)
+    telegram.write("/stop", thread=7)
+    telegram.answer("Stopped")
+    bot.open_gate("go")
+    ask(telegram, "/model claude-sonnet-4")
+    assert ask(telegram, "!model") == "model: claude-sonnet-4"
+
+
+def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
+    ask(telegram, "hello")
+    bot.habits(new={"gate": "go"})
+    telegram.write("/new", thread=7)
+    bot.wait_wire("in", "session/new", count=2)
+    ask(telegram, "/model claude-haiku-4.5")
+    bot.open_gate("go")
+    telegram.answer("claude-haiku-4.5. Folder")
+    assert ask(telegram, "!model") == "model: claude-haiku-4.5"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: who may, and the end
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_is_told_their_id_once(telegram, bot):
+    listed = model_list(telegram)
+    with telegram.batch_of_updates():
+        first = telegram.write("let me in", user=MALLORY, thread=7)
+        telegram.write("please", user=MALLORY)
+        telegram.edit(first, "now!")
+        telegram.press(listed, "claude-haiku-4.5", user=MALLORY)
+        telegram.write("hello group", thread=3, chat=GROUP)
+    assert ask(telegram, "mine") == "echo: mine"
+    [reply] = telegram.find(after=first, when=lambda call: call.params["chat_id"] != ALICE["id"])
+    assert "6666" in reply.text and reply.params["chat_id"] == MALLORY["id"]
+    assert row_of(bot)["model"] == "auto" and len(bot.database()) == 1
+
+
+def test_nobody_is_allowed_by_an_empty_list(telegram, start):
+    bot = start(ALLOWED_TELEGRAM_IDS="")
+    for user in (ALICE, BOB):
+        assert str(user["id"]) in ask(telegram, "hello", None, user=user)
+    assert not bot.wire()
+
+
+STUBBORN = dict(ignore_stdin_end=True, ignore_term=True, cancel={"hang": True})
+
+
+@pytest.mark.parametrize("by, habits", [(signal.SIGTERM, STUBBORN), (signal.SIGINT, {})])
+def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
+    bot.habits(**habits)
+    for thread in (6, 7, 8, 9):
+        telegram.write("!say x\n!spawn setsid pipes\n!silence", thread=thread)
+    bot.wait_wire("in", "session/prompt", count=3)
+    assert bot.stop(by=by) < 2
+    assert bot.process.returncode == 0 and not bot.agents()
 
 
 # ---------------------------------------------------------------------------------------------------------
