@@ -80,6 +80,7 @@ import requests
 import telebot
 import urllib3
 from dotenv import load_dotenv
+from dotenv.parser import parse_stream
 from telebot import apihelper, types, util
 from telebot.version import __version__ as telebot_version
 
@@ -172,8 +173,9 @@ def _absolute(word: str, folder: Path, is_program: bool) -> str:
     if word.startswith(("-", "/")) or (is_program and "/" not in word):
         return word
     for base in (folder, Path(__file__).resolve().parent):
-        if (base / word).is_file() or ("/" in word and (base / word).exists()):
-            return str(base / word)
+        path = str(base / word)
+        if os.path.isfile(path) or ("/" in word and os.path.exists(path)):
+            return path
     return word
 
 
@@ -340,18 +342,22 @@ class Poll:
 
     def _dispatch(self, update: dict) -> None:
         """Parse one update and let its handler look at it; whatever is wrong with it stays with it."""
-        self._body, self._update_id = json.dumps(update, ensure_ascii=False), update["update_id"]
+        self._body, self._update_id = json.dumps(update), update["update_id"]
         try:
-            self._telebot.process_new_updates([types.Update.de_json(self._body)])
+            self._telebot.process_new_updates([types.Update.de_json(json.dumps(without_novelties(update)))])
         except Exception as error:   # telebot's parsers raise anything [tg 1.3]; a bad update must not stop the others
             log.error("Update %s can't be read and is left out: %r", self._update_id, error)
             self._apologize(update)
 
     def _apologize(self, update: dict) -> None:
-        message = update.get("message")
-        sender = message.get("from", {}).get("id") if isinstance(message, dict) else None
-        if sender in self._bot.settings.allowed and message.get("chat", {}).get("id") == sender:
-            self._bot.errand((sender, 0), self._bot.chat(sender, 0).say, "I couldn't read one of your messages. Please send it in another way.")
+        """Tell an allowed user that a message of theirs was left out, if that much of it can be read."""
+        try:
+            sender, chat = update["message"]["from"]["id"], update["message"]["chat"]
+            if sender in self._bot.settings.allowed and chat["id"] == sender and chat["type"] == "private":
+                self._bot.errand((sender, 0), self._bot.chat(sender, 0).say,
+                                 "I couldn't read one of your messages. Please send it in another way.")
+        except (KeyError, TypeError):
+            pass
 
     def _hand_over(self, accepted: Accepted) -> None:
         try:
@@ -367,10 +373,10 @@ class Poll:
 
     # -- the gate: first of all, who and where -------------------------------------------------------------------------
 
-    def _lets_in(self, sender: Optional[types.User], chat: types.Chat) -> bool:
+    def _lets_in(self, sender: "Optional[types.User | types.Chat]", chat: types.Chat) -> bool:
         """Only allowed users in their own private chat; in a group others would read the answers."""
-        user_id = sender.id if sender else chat.id      # a press on Stop has no sender [tg 1.3]
-        return chat.type == "private" and chat.id == user_id and user_id in self._bot.settings.allowed
+        return (sender is not None and chat.type == "private" and chat.id == sender.id
+                and sender.id in self._bot.settings.allowed)
 
     def _turn_away(self, message: types.Message) -> None:
         """Tell a stranger their id, once; that is how an owner learns it."""
@@ -405,11 +411,24 @@ class Poll:
             self._batch.append(Accepted("press", lambda: self._commands.press(press)))
 
     def _on_stop(self, stop: types.MessageGenerationStopped) -> None:
-        if self._lets_in(None, stop.chat):
+        if self._lets_in(stop.chat, stop.chat):       # it has no sender: the chat decides [tg 1.3]
             self._batch.append(Accepted("press", lambda: self._commands.stop_draft(stop.chat.id, stop.draft_id)))
 
     def _row(self, message: types.Message) -> InboxMessage:
+        """Return the message's row of the journal.  Raises ValueError for ids that are none."""
+        ids = self._update_id, message.chat.id, thread_of(message), message.message_id
+        if not all(isinstance(number, int) and abs(number) < 2**63 for number in ids):
+            raise ValueError(f"ids {ids}")
         return InboxMessage(self._update_id, message.chat.id, thread_of(message), message.message_id, self._body)
+
+
+def without_novelties(update: dict) -> dict:
+    """Return the update with only what telebot knows of a press on Stop: it can't parse another field there [tg 1.3]."""
+    stop = update.get("stopped_message_generation")
+    if not isinstance(stop, dict):
+        return update
+    known = {key: stop[key] for key in ("chat", "message_thread_id", "draft_id") if key in stop}
+    return {**update, "stopped_message_generation": known}
 
 
 class Accepted(NamedTuple):
@@ -458,7 +477,8 @@ def thread_of(message: types.Message) -> int:
 
 def command_of(message: types.Message) -> "tuple[str, str]":
     """Return ("new", "the rest") for "/new the rest", two empty strings for what is no command."""
-    match = re.match(r"/([A-Za-z0-9_-]+)(?:@\w+)?(?:\s+(.*))?$", message.text or "", re.S)
+    text = "" if message.forward_origin else message.text or ""     # what somebody else wrote commands nothing
+    match = re.match(r"/([A-Za-z0-9_-]+)(?:@\w+)?(?:\s+(.*))?$", text, re.S)
     return (match[1].lower(), (match[2] or "").strip()) if match else ("", "")
 
 
@@ -546,7 +566,8 @@ class Bot:
         return bool(select.select([self._bell], [], [], seconds)[0])
 
     def recover(self) -> None:
-        """Take up what a former run left: unfinished turns first, then the messages that still wait."""
+        """Take up what a former run left: orphans that hold locks, unfinished turns, and the messages that still wait."""
+        self.errand("orphans", self._end_orphans)
         for turn in self.store.unfinished():
             if turn.user_id in self.settings.allowed:
                 self.conversation(turn.user_id, turn.thread_id).finish_turn(turn)
@@ -561,6 +582,12 @@ class Bot:
                 self.store.done(row.update_id)
                 continue
             commands.route(incoming)
+
+    def _end_orphans(self) -> None:
+        for session_id in self.store.session_ids():
+            pid = lock_pid(session_id)
+            if pid is not None and is_running(pid):
+                end_orphan(pid, self.settings)
 
     def _sending(self) -> bool:
         """Is a part on its way?  A stop between its arrival and its tick would send it twice."""
@@ -607,6 +634,7 @@ HELP = """I give every topic of this chat its own Kiro session with its own fold
 Any other /command goes to Kiro as it is, for example /compact."""
 UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
 OVER = "This is over."
+RUN = secrets.token_hex(4)      # tells this run's questions from those of former ones
 
 
 class Commands:
@@ -654,7 +682,7 @@ class Commands:
         """A button: data that this bot didn't make does nothing."""
         data = press.data or ""
         if match := re.fullmatch(r"ask:([0-9a-f]{16}):(\d{1,2})", data):
-            self._bot.errand(press.id, self._decided, press, self._decide(press, match[1], int(match[2])))
+            self._bot.errand(press.id, self._decided, press, match[1], self._decide(press, match[1], int(match[2])))
         elif match := re.fullmatch(r"(again|drop):(\d{1,18})", data):
             self._bot.errand(match[2], self._again if match[1] == "again" else self._drop, press, int(match[2]))
         elif match := re.fullmatch(r"model:(\d{1,18}):([0-9a-f]{16})", data):
@@ -662,7 +690,10 @@ class Commands:
 
     def _reply(self, incoming: Incoming, text: str, buttons: "Optional[list]" = None) -> None:
         conversation = self._bot.conversation(*incoming.key)
-        conversation.chat.say(text, buttons)
+        try:
+            conversation.chat.say(text, buttons)
+        except Refused as error:               # blocked: it would not go better at the next start
+            log.warning("Not said: %s", error)
         if conversation.turn:
             conversation.post("wake")          # the message hides the draft
         self._bot.store.done(incoming.update_id)
@@ -684,9 +715,9 @@ class Commands:
             return None
         return conversation.decide(token, index, press.message.message_id)
 
-    def _decided(self, press: types.CallbackQuery, choice: Optional[str]) -> None:
+    def _decided(self, press: types.CallbackQuery, token: str, choice: Optional[str]) -> None:
         self._toast(press, choice or OVER)
-        if choice is None:
+        if choice is None and not token.startswith(RUN):      # else whoever decided it edits the message
             self._settle(press, OVER)
 
     def _again(self, press: types.CallbackQuery, turn_id: int) -> None:
@@ -728,8 +759,16 @@ class Commands:
 
     def _settle(self, press: types.CallbackQuery, text: str, keep: bool = True) -> None:
         """Take the buttons off the message that was pressed, and say there what became of it."""
+        if not carries(press.message, press.data):
+            return
         before = getattr(press.message, "text", None) if keep else None
         self._bot.chat(press.from_user.id, 0).settle(press.message.message_id, f"{before}\n\n{text}" if before else text)
+
+
+def carries(message: Any, data: str) -> bool:
+    """Does the message have a button with this data?  Not when somebody made the press up."""
+    keyboard = getattr(message, "reply_markup", None)
+    return bool(keyboard) and any(button.callback_data == data for row in keyboard.keyboard for button in row)
 
 
 def is_animated(message: types.Message) -> bool:
@@ -892,11 +931,12 @@ class Permission:
     """A tool call that Kiro asks about."""
 
     def __init__(self, kiro: Kiro, request_id: Any, params: dict) -> None:
-        self.token = secrets.token_hex(8)
+        self.token = RUN + secrets.token_hex(4)
         self.kiro = kiro
         self.request_id = request_id           # Kiro's, echoed as it came
-        self.options = [o for o in params.get("options") or [] if isinstance(o, dict) and "optionId" in o]
-        self.tool_call = params.get("toolCall") if isinstance(params.get("toolCall"), dict) else {}
+        options, tool_call = params.get("options"), params.get("toolCall")
+        self.options = [o for o in options if isinstance(o, dict) and "optionId" in o] if isinstance(options, list) else []
+        self.tool_call = tool_call if isinstance(tool_call, dict) else {}
         self.asked_at = time.monotonic()
         self.text = ""
         self.message_id: Optional[int] = None  # once the question is in the topic
@@ -965,7 +1005,7 @@ class Turn:
         """A tool call begins, tells something, or ends; v2 gives no status at its beginning."""
         tool_id = str(update.get("toolCallId"))
         call = self.tools.setdefault(tool_id, {})
-        call.update({key: update[key] for key in ("title", "kind", "rawInput") if update.get(key) is not None})
+        call.update({key: update[key] for key in ("title", "kind", "rawInput", "locations") if update.get(key) is not None})
         if update.get("status") in ("completed", "failed"):
             self.running.pop(tool_id, None)
         else:
@@ -978,11 +1018,13 @@ class Turn:
         """Add a piece of the answer, set apart when a tool lies between."""
         if self.length > ANSWER_AT_MOST:
             return
-        if self.gap and self.pieces and not self.pieces[-1].endswith("\n"):
-            self.pieces.append("\n\n")
+        if self.gap and self.pieces:
+            end = "".join(self.pieces[-2:])
+            self.pieces.append("\n" * (2 - min(2, len(end) - len(end.rstrip("\n")))))
         self.gap = False
         self.pieces.append(text)
         self.length += len(text)
+        self.trouble = ""
         self.stale = self.heard = True
 
     def text(self) -> str:
@@ -992,6 +1034,8 @@ class Turn:
     def discard_attempt(self) -> None:
         """Kiro starts its present attempt anew [acp 3.8]."""
         del self.pieces[self.attempt:]
+        self.length = sum(map(len, self.pieces))
+        self.gap = bool(self.pieces)
         self.stale = True
 
 
@@ -1032,9 +1076,10 @@ class Link:
                 self.let_go(at_once=True)
 
     def start(self) -> None:
+        workspace = self.workspace()
         self._take_place()
         try:
-            self.kiro = Kiro(self._bot, self.workspace(), self._talk.post)
+            self.kiro = Kiro(self._bot, workspace, self._talk.post)
         except (OSError, ValueError) as error:
             self._places.give_back()
             reason = getattr(error, "strerror", None) or error
@@ -1110,9 +1155,9 @@ class Link:
             raise NoPlace
         if kiro.exit_noticed:
             raise kiro.failure()
-        patience = min(DEAF_SECONDS, self._settings.silence_seconds)
+        patience = min(DEAF_SECONDS, self._settings.silence_seconds / 2)
         if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
-            raise KiroGone(f"Kiro does not read what it is sent (for {patience:.0f} s).", again=True)
+            raise KiroGone(f"Kiro does not read what it is sent (for {patience:g} s).", again=True)
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
@@ -1138,8 +1183,7 @@ class Link:
         if record.session_id == self._lost:
             self.new_session(kiro)
             if had_history:
-                self._talk.note("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The "
-                                   "folder is as it was.")
+                self._talk.note(HISTORY_GONE)
             return
         if not kiro.can_load:
             self.new_session(kiro)
@@ -1148,7 +1192,7 @@ class Link:
                 self._talk.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
             return
         try:
-            self._load_session(kiro, record)
+            self._load_session(kiro, record, had_history)
         except KiroFailure as failure:
             if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
                 raise
@@ -1169,14 +1213,14 @@ class Link:
         self._talk.context, self._talk.context_told = None, False
         self._opened(kiro, session_id, result)
 
-    def _load_session(self, kiro: Kiro, record: SessionRecord) -> None:
+    def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
         """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
         self._await_former()
         params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
-        limit, pause = time.monotonic() + LOCK_SECONDS, 0.25
+        limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
         while True:
             try:
-                result = self.request(kiro, "session/load", params, MISSING_SECONDS if is_missing(record.session_id) else SESSION_SECONDS)
+                result = self.request(kiro, "session/load", params, MISSING_SECONDS if missing else SESSION_SECONDS)
                 break
             except KiroRefusal as refusal:
                 pid = lock_holder(str(refusal))
@@ -1190,6 +1234,9 @@ class Link:
                 self._talk.wait(retry_at)
             pause = min(2 * pause, 2)
         self._let_replay_end(kiro)
+        if missing and had_history and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
+            self._store.set_facts(record.session_id, ended=False, taught=False)
+            self._talk.note(HISTORY_GONE)
         self._opened(kiro, record.session_id, result)
 
     def _let_replay_end(self, kiro: Kiro) -> None:
@@ -1241,12 +1288,11 @@ class Conversation:
         self.bot, self.settings, self.store, self.places = bot, bot.settings, bot.store, bot.places
         self.user_id, self.thread_id, self.chat = user_id, thread_id, chat
         self.key = user_id, thread_id
-        self.lock = threading.Lock()            # guards the next six
+        self.lock = threading.Lock()            # guards the next five
         self.waiting: "deque[Incoming]" = deque()
         self.unfinished: "deque[UnfinishedTurn]" = deque()
         self.turn: Optional[Turn] = None        # there is one whenever something waits or runs
         self._running = False                   # is there a thread
-        self._finishing: Optional[int] = None   # the former run's turn in hand
         self._burst_seen = False                # the first message that has to wait got its reaction
         self._events: "queue.SimpleQueue[tuple]" = queue.SimpleQueue()
         self.link = Link(self)
@@ -1313,8 +1359,11 @@ class Conversation:
                     self.waiting[n] = incoming
                     return "edited"
             taken = self.turn.messages if self.turn else []
-            late = [m for m in taken if m.message.message_id == message.message_id and words(m.message) != words(message)]
-            return "too late" if late else "unknown"
+            for old in taken:
+                if old.message.message_id == message.message_id and words(old.message) != words(message):
+                    old.message = message              # so that this is told once
+                    return "too late"
+            return "unknown"
 
     def stop(self, draft_id: Optional[int] = None) -> bool:
         """End the turn; return False when there is none, or not this draft's."""
@@ -1349,10 +1398,9 @@ class Conversation:
         self.turn.prompted_at = time.monotonic()
 
     def works_on(self, turn_id: int) -> bool:
-        """Is this turn running, or about to be finished?"""
-        with self.lock:
-            at_work = {self._finishing, self.turn and self.turn.turn_id, *(turn.turn_id for turn in self.unfinished)}
-            return turn_id in at_work
+        """Is this turn running?"""
+        turn = self.turn
+        return turn is not None and turn.turn_id == turn_id and not turn.ended
 
     def keep_partial(self) -> None:
         """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
@@ -1379,7 +1427,7 @@ class Conversation:
         if turn is None:
             lines.append("Nothing is running.")
         elif turn.turn_id is None:
-            lines.append(f"Starting: {turn.status}")
+            lines.append(f"Starting: {turn.status} {waiting} waiting.")
         else:
             lines.append(f"Running for {time.monotonic() - turn.began:.0f} s, {waiting} waiting.")
         return "\n".join(lines)
@@ -1542,7 +1590,7 @@ class Conversation:
 
     def _on_permission(self, kiro: Kiro, request_id: Any, params: dict) -> None:
         permission, turn = Permission(kiro, request_id, params), self.turn
-        if kiro is not self.link.kiro or turn is None or turn.ended or turn.stop_at is not None:
+        if kiro is not self.link.kiro or turn is None or turn.ended or turn.stop_at is not None or not permission.options:
             return permission.answer(None)
         turn.heard = True
         if not self.settings.ask_permission:
@@ -1570,7 +1618,7 @@ class Conversation:
 
     def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
         """Kiro's own notifications [acp 3.8]."""
-        turn = self.turn
+        turn = self.turn if kiro is self.link.kiro else None
         if name == "metadata":
             self._on_metadata(params)
         elif name == "session/update" and isinstance(params.get("update"), dict) and turn:
@@ -1649,8 +1697,7 @@ class Conversation:
                 incoming.files = self._download(kiro, incoming)
         blocks = [{"type": "text", "text": join_texts(batch)}]
         if self._unsent:
-            unsent, self._unsent = self._unsent, []
-            blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(unsent) + "]"})
+            blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(self._unsent) + "]"})
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
 
     def _download(self, kiro: Kiro, incoming: Incoming) -> "list[Attachment]":
@@ -1659,7 +1706,8 @@ class Conversation:
         if file is None:
             return []
         try:
-            path = save(self._attended(self.chat.download(file)), kiro.workspace, file.name)
+            chunks = self._attended(self.chat.download(file), self.turn)
+            path = self._aside(lambda: save(chunks, kiro.workspace, file.name))
         except (Refused, Unreachable, TooManyRequests, OSError) as error:
             reason = getattr(error, "description", None) or getattr(error, "strerror", None) or str(error)
             log.warning("A file of %s/%s could not be had: %s", self.user_id, self.thread_id, reason)
@@ -1667,14 +1715,37 @@ class Conversation:
             return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
         return [Attachment(path, "", file.is_image)]
 
-    def _attended(self, chunks: "Iterator[bytes]") -> "Iterator[bytes]":
-        """Pass a download on, with an eye on the draft, on Stop, and on the clock."""
+    def _attended(self, chunks: "Iterator[bytes]", turn: Turn) -> "Iterator[bytes]":
+        """Pass a download on until the turn is stopped or the time is up."""
         limit = time.monotonic() + DOWNLOAD_SECONDS
         for chunk in chunks:
+            if turn.stop_at is not None or self.bot.closing.is_set():
+                raise Unreachable("it was stopped")
             if time.monotonic() > limit:
                 raise Unreachable(f"the download took more than {DOWNLOAD_SECONDS // 60} minutes")
-            self.wait(time.monotonic())
             yield chunk
+
+    def _aside(self, work: "Callable[[], Any]") -> Any:
+        """Do something that waits for the network on a thread of its own, while draft and Stop go on; return its result."""
+        outcome: "list[tuple[Any, Optional[Exception]]]" = []
+
+        def run() -> None:
+            try:
+                outcome.append((work(), None))
+            except Exception as error:   # handed on
+                outcome.append((None, error))
+            self.post("done_aside")
+
+        threading.Thread(target=run, name="aside", daemon=True).start()
+        while not outcome:
+            self.wait(math.inf)
+        result, error = outcome[0]
+        if error:
+            raise error
+        return result
+
+    def _on_done_aside(self) -> None:
+        """The loop in `_aside` sees for itself."""
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
@@ -1690,6 +1761,7 @@ class Conversation:
                     if last or not failure.again or turn.heard or turn.stop_at is not None:
                         raise
                     log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
+                    turn.ended, turn.end_by = False, math.inf
         except Stopped:
             begun = turn.turn_id is not None
             return ("⏹ Stopped." if begun else "⏹ Stopped before Kiro began."), not begun
@@ -1746,6 +1818,8 @@ class Conversation:
                     turn.messages, self._burst_seen = batch, False
                     break
         turn.turn_id = self._journal_begin(batch)
+        if not batch[0].command:
+            self._unsent.clear()               # Kiro hears of them now
 
     def _wait_for_rest(self) -> None:
         """Wait a moment for the rest of an album or of a split text."""
@@ -1760,15 +1834,15 @@ class Conversation:
     def _journal_begin(self, batch: "list[Incoming]") -> int:
         """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
         told = False
-        for _ in range(BEGIN_TRIES):
+        for _ in range(JOURNAL_TRIES):
             try:
                 return self.store.begin(self.user_id, self.thread_id, [m.update_id for m in batch])
             except StoreError as error:
                 log.error("A turn can't be journaled: %s", error)
                 if not told:
                     told = True
-                    self.chat.say(f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll try again every minute.")
-            until = time.monotonic() + BEGIN_RETRY_SECONDS
+                    self.chat.say(f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll keep trying.")
+            until = time.monotonic() + JOURNAL_RETRY_SECONDS
             while time.monotonic() < until:
                 self.wait(until)
         raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
@@ -1784,12 +1858,12 @@ class Conversation:
         kiro.lesson = "sent" if lesson else "known" if known else ""
         while request_id not in kiro.responses:
             now = time.monotonic()
-            self.link.check_alive(kiro, turn.prompted_at)
-            if now >= turn.end_by:
+            if now >= turn.end_by or kiro.exit_noticed and turn.end_by < math.inf:
                 log.info("No response after the end of a turn of %s/%s", self.user_id, self.thread_id)
                 return self._ended(kiro, turn, {})
+            self.link.check_alive(kiro, turn.prompted_at)
             self._pump(min(self._obey_stop(kiro, turn, now), self._watch_silence(kiro, turn, now),
-                           self._tend_permissions(turn, now), turn.end_by, now + DEAF_SECONDS))
+                           self._tend_permissions(turn, now), turn.end_by, now + min(DEAF_SECONDS, self.settings.silence_seconds) / 4))
         frame = kiro.responses.pop(request_id)
         if "error" in frame:
             self._ended(kiro, turn, {"stopReason": "error"})
@@ -1803,7 +1877,7 @@ class Conversation:
         turn.ended = True
         self._refuse_all("the turn is over")
         kiro.turn_open = False
-        self.link.let_go(at_once=not result)
+        self.link.let_go()
         reason = result.get("stopReason")
         if reason == "error":
             return ""
@@ -1836,7 +1910,7 @@ class Conversation:
 
     def _watch_silence(self, kiro: Kiro, turn: Turn, now: float) -> float:
         """End a Kiro that says nothing for too long; return when to look again."""
-        if turn.permissions:
+        if turn.permissions or turn.end_by < math.inf:
             return math.inf
         patience = self.settings.silence_seconds * (TOOL_PATIENCE if turn.running else 1)
         limit = max(kiro.heard_at, turn.prompted_at) + patience
@@ -1861,7 +1935,7 @@ class Conversation:
         except StoreError as error:
             log.error("An answer can't be journaled and is sent all the same: %s", error)
         positions = [(n + 1) * PART_SPACING for n in range(len(parts))]
-        self._deliver(turn.turn_id, list(zip(positions, parts)))
+        self._deliver(turn.turn_id, list(zip(positions, parts)), offer)
         how = remark.splitlines()[0] if remark else "done"
         log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
 
@@ -1886,7 +1960,7 @@ class Conversation:
             parts[-1]["buttons"] = "offer"
         return parts
 
-    def _deliver(self, turn_id: Optional[int], parts: "list[tuple[int, dict]]") -> None:
+    def _deliver(self, turn_id: Optional[int], parts: "list[tuple[int, dict]]", offer: bool) -> None:
         """Send the parts in order, and tick each off when Telegram has confirmed it."""
         try:
             for position, part in parts:
@@ -1894,7 +1968,7 @@ class Conversation:
                     part = {**part, "buttons": [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]}
                 self._send_part(turn_id, position, part)
             if turn_id is not None:
-                self.store.finish(turn_id)
+                self.store.finish(turn_id, offer)
         except Unreachable as error:
             log.error("An answer to %s/%s stays in the journal: %s", self.user_id, self.thread_id, error)
         except StoreError as error:
@@ -1926,14 +2000,25 @@ class Conversation:
 
     def _recover(self) -> None:
         """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
+        unfinished = self.unfinished[0]
+        try:
+            if unfinished.state == "begun":
+                parts = self._card(unfinished)
+                self.store.answer(unfinished.turn_id, [json.dumps(part) for part in parts], offer=True)
+                unfinished = unfinished._replace(state="answered", offer=True)
+            parts = [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)]
+        except StoreError as error:
+            log.error("A former turn has to wait: %s", error)
+            return self._rest(JOURNAL_RETRY_SECONDS)
         with self.lock:
-            unfinished = self.unfinished.popleft()
-            self._finishing = unfinished.turn_id
-        if unfinished.state == "begun":
-            parts = self._card(unfinished)
-            self.store.answer(unfinished.turn_id, [json.dumps(part) for part in parts], offer=True)
-        self._deliver(unfinished.turn_id, [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)])
-        self._finishing = None
+            self.unfinished.popleft()
+        self._deliver(unfinished.turn_id, parts, unfinished.offer)
+
+    def _rest(self, seconds: float) -> None:
+        """Let some time pass."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._pump(until)
 
     def _card(self, unfinished: UnfinishedTurn) -> "list[dict]":
         asked = []
@@ -2008,10 +2093,11 @@ class Conversation:
         call = {**turn.tools.get(str(permission.tool_call.get("toolCallId")), {}), **permission.tool_call}
         lines = [f"❓ Kiro asks: {call.get('title') or call.get('kind') or 'may it use a tool'}"]
         raw = call.get("rawInput") if isinstance(call.get("rawInput"), dict) else {}
-        for key in ("command", "path", "file_path", "url"):
-            if isinstance(raw.get(key), str) and raw[key] not in lines[0]:
-                lines.append(raw[key])
-        text = whole_characters("\n".join(lines))
+        places = [place for place in call.get("locations") or [] if isinstance(place, dict)]
+        for detail in [*(raw.get(key) for key in ("command", "path", "file_path", "url")), *(p.get("path") for p in places)]:
+            if isinstance(detail, str) and detail not in "\n".join(lines):
+                lines.append(detail)
+        text = in_plain_sight("\n".join(lines))
         return text if utf16_length(text) <= QUESTION_LIMIT else text[:QUESTION_LIMIT // 2] + "\n… (the rest is too long to show)"
 
     def _tend_permissions(self, turn: Turn, now: float) -> float:
@@ -2066,7 +2152,7 @@ IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
 IMAGE_EDGE = 2000               # pixels; larger images can poison a session [acp 4.6]
 NAME_LENGTH = 100               # bytes of a saved file's name
 DOWNLOAD_SECONDS = 15 * 60
-DOWNLOAD_CHUNK = 256 * 1024
+DOWNLOAD_CHUNK = 64 * 1024
 DOWNLOAD_LIMIT = 20 * 1024 * 1024       # of the official Bot API server [tg 4]
 
 
@@ -2085,15 +2171,23 @@ def words(message: types.Message) -> str:
 
 
 def _texts_in(value: Any) -> "Iterator[str]":
+    """Yield the text of each block."""
     if isinstance(value, dict):
+        if "text" in value:
+            yield _rich_text(value["text"])
         for key, inner in value.items():
-            if key == "text" and isinstance(inner, str):
-                yield inner
-            else:
+            if key != "text":
                 yield from _texts_in(inner)
     elif isinstance(value, list):
         for inner in value:
             yield from _texts_in(inner)
+
+
+def _rich_text(value: Any) -> str:
+    """Return a RichText, which is a string, a list of such, or an object around one, without its formatting."""
+    if isinstance(value, list):
+        return "".join(map(_rich_text, value))
+    return _rich_text(value.get("text", "")) if isinstance(value, dict) else str(value)
 
 
 def quoted(message: types.Message) -> str:
@@ -2104,7 +2198,7 @@ def quoted(message: types.Message) -> str:
     reply = message.reply_to_message
     if reply is not None and reply.message_id == message.message_thread_id:
         return ""
-    text = message.quote.text if message.quote else words(reply) if reply else ""
+    text = message.quote.text if message.quote else (words(reply) or f"({reply.content_type})") if reply else ""
     if not text:
         return ""
     return "\n".join(f"> {line}" for line in text.splitlines()) + "\n\n"
@@ -2201,7 +2295,7 @@ def file_id_of(message: types.Message) -> str:
 def harmless_name(name: str) -> str:
     """Return a file name without path, control and direction-changing characters, never hidden, of bounded length."""
     name = "".join("_" if c in '/\\:*?"<>|;' or unicodedata.category(c)[0] in "CZ" and c != " " else c for c in name)
-    name = name.strip(" .").lstrip("-") or "file"
+    name = name.lstrip(" .-").rstrip(" .") or "file"
     stem, dot, extension = name.rpartition(".")
     if not dot or len(extension.encode()) > 16:
         stem, extension = name, ""
@@ -2232,6 +2326,8 @@ def uploads_folder(workspace: str) -> str:
 def save(chunks: "Iterator[bytes]", workspace: str, name: str) -> str:
     """Stream a file into the uploads under a temporary name, then give it its own; return the path.  Raises OSError."""
     folder = uploads_folder(workspace)
+    for left in Path(folder).glob(".incoming-*"):      # of a run that was killed; there is one download at a time
+        left.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".incoming-", dir=folder)
     try:
         with open(handle, "wb") as file:
@@ -2257,13 +2353,14 @@ END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
 TERM_SECONDS = 2                # from TERM to KILL
 LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to obey TERM
 REPLAY_SECONDS, QUIET_SECONDS = 1.0, 0.03
-BEGIN_TRIES, BEGIN_RETRY_SECONDS = 60, 60
+JOURNAL_TRIES, JOURNAL_RETRY_SECONDS = 240, 15
 FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
 NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
 LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
                   r"(unknown|no such|invalid|missing) session|resource.not.found", re.I | re.S)
 RESOURCE_NOT_FOUND = -32002
+HISTORY_GONE = "⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The folder is as it was."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
                 "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
                 "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
@@ -2399,6 +2496,7 @@ class Kiro:
                 self._take(line)
         except (OSError, ValueError) as error:
             log.debug("Reading from Kiro %s: %s", self.pid, error)
+        self._popen.stdout.close()
         if not self._reaped:         # without stdout it is of no use any more
             self.end(patience=0.5)
 
@@ -2442,7 +2540,7 @@ class Kiro:
     def _is_of_interest(self, method: str, params: dict) -> bool:
         """What is said outside a turn is replay, and so is dropped here; extensions may come at any time."""
         if method != "session/update":
-            return method.startswith("_kiro")
+            return method.startswith("_kiro") and (not self.session_id or params.get("sessionId") in (None, self.session_id))
         if not self.session_id:
             self.replayed_before_response = True
         return self.turn_open and params.get("sessionId") in (None, self.session_id)
@@ -2454,6 +2552,7 @@ class Kiro:
                 log.debug("Kiro %s says: %.500r", self.pid, data)
         except (OSError, ValueError):    # closed
             pass
+        self._popen.stderr.close()
 
     def how_it_ended(self) -> str:
         """Return the exit status, and the end of stderr."""
@@ -2497,7 +2596,7 @@ class Kiro:
         with self._lock:
             if not self._reaped:
                 _kill(-self.pid, number)
-        for pid in marked_processes(PROCESS_MARK, self.mark) if leftovers else ():
+        for pid in self._leftovers() if leftovers else ():
             _kill(pid, number)
 
     def _await_exit(self) -> None:
@@ -2525,7 +2624,7 @@ class Kiro:
         self._post("exit", self)
 
     def _leftovers(self) -> "list[int]":
-        return [pid for pid in marked_processes(PROCESS_MARK, self.mark) if pid != self.pid]
+        return [pid for pid in related_processes(self.mark, self.pid) if pid != self.pid]
 
 
 def _kill(pid: int, number: int) -> None:
@@ -2542,7 +2641,7 @@ def child_environment(settings: Settings, mark: str) -> "dict[str, str]":
     env = {name: value for name, value in os.environ.items() if name != "BOT_TOKEN" and secret not in value}
     ceilings = [str(settings.workspaces), *filter(None, [env.get("GIT_CEILING_DIRECTORIES")])]
     return {**env, "GIT_CEILING_DIRECTORIES": os.pathsep.join(ceilings), FOLDER_MARK: str(settings.folder),
-            OWNER_MARK: f"{os.getpid()}.{started(os.getpid())}", PROCESS_MARK: mark}
+            OWNER_MARK: owner_mark(), PROCESS_MARK: mark}
 
 
 def error_text(error: Any) -> str:
@@ -2558,13 +2657,21 @@ def error_text(error: Any) -> str:
 
 def models_of(result: dict) -> Optional[Models]:
     """Return the models of a session/new or session/load result, in either dialect [acp 8, 11], or None."""
-    models = result.get("models")
-    if isinstance(models, dict) and models.get("availableModels"):
-        offered = [(m["modelId"], str(m.get("name") or m["modelId"])) for m in models["availableModels"]
-                   if isinstance(m, dict) and isinstance(m.get("modelId"), str)]
-        return Models(offered, models.get("currentModelId") or "", None)
-    for option in result.get("configOptions") or ():
-        if isinstance(option, dict) and option.get("category") == "model" and option.get("options"):
+    try:
+        return _models_of_kiro(result.get("models")) or _models_of_options(result.get("configOptions") or ())
+    except (TypeError, KeyError, AttributeError) as error:
+        log.warning("The agent's list of models can't be read: %r", error)
+        return None
+
+
+def _models_of_kiro(models: Any) -> Optional[Models]:
+    offered = [(m["modelId"], str(m.get("name") or m["modelId"])) for m in (models or {}).get("availableModels") or ()]
+    return Models(offered, models.get("currentModelId") or "", None) if offered else None
+
+
+def _models_of_options(options: Any) -> Optional[Models]:
+    for option in options:
+        if option.get("category") == "model" and option.get("options"):
             choices = [c for o in option["options"] for c in (o["options"] if "options" in o else [o])]   # groups, or not
             offered = [(c["value"], str(c.get("name") or c["value"])) for c in choices]
             return Models(offered, option.get("currentValue") or "", option.get("id") or "")
@@ -2588,7 +2695,8 @@ def session_is_lost(failure: KiroFailure, session_id: str, had_history: bool) ->
 
     Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's missing file does.
     """
-    if NOT_LOGGED_IN.search(str(failure)):
+    path = session_file(session_id, "json")
+    if NOT_LOGGED_IN.search(str(failure)) or (path is not None and path.exists() and had_history):
         return False
     if isinstance(failure, KiroRefusal) and (failure.code == RESOURCE_NOT_FOUND or LOST.search(str(failure))):
         return True
@@ -2613,29 +2721,36 @@ def settle_lock(pid: int, session_id: str, settings: Settings) -> None:
     A dying process of ours: nothing, its waiter ends it.  An orphan of ours: end it.  A dead process: remove its lock.
     Raises KiroLocked for a living stranger.
     """
-    env = environment_of(pid)
-    if is_running(pid) and env.get(FOLDER_MARK) == str(settings.folder):
-        owner, _, began = env.get(OWNER_MARK, "").partition(".")
-        if owner == str(os.getpid()) or (owner.isdigit() and started(int(owner)) != began):
-            if owner != str(os.getpid()):
-                log.warning("Ending process %s, which a former run has left behind", pid)
-                end_orphan(pid, env.get(PROCESS_MARK, ""))
-            return
+    if is_running(pid) and environment_of(pid).get(OWNER_MARK) == owner_mark():
+        return
+    if end_orphan(pid, settings):
+        return
     if is_running(pid) and holds_lock(pid, session_id, settings):
         raise KiroLocked(f"This topic's session is open in another program (process {pid}). Close it there, then ask again.")
     remove_dead_lock(session_id, pid)
 
 
-def end_orphan(pid: int, mark: str) -> None:
-    """End a process that no living bot owns, with everything that carries its mark."""
+def owner_mark() -> str:
+    """Return what tells this process from all others, also from later ones with its pid."""
+    return f"{os.getpid()}.{started(os.getpid())}"
+
+
+def end_orphan(pid: int, settings: Settings) -> bool:
+    """If the process is a Kiro that a former run of this folder's bot has left behind, end it with all that is its."""
+    env = environment_of(pid)
+    owner, _, began = env.get(OWNER_MARK, "").partition(".")
+    if env.get(FOLDER_MARK) != str(settings.folder) or not owner.isdigit() or started(int(owner)) == began:
+        return False
+    log.warning("Ending process %s, which a former run has left behind", pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for other in {pid, *(marked_processes(PROCESS_MARK, mark) if mark else ())}:
+        for other in {pid, *related_processes(env.get(PROCESS_MARK, "none"))}:
             _kill(other, number)
         limit = time.monotonic() + TERM_SECONDS
         while is_running(pid) and time.monotonic() < limit:
             time.sleep(0.02)
         if not is_running(pid):
-            return
+            break
+    return True
 
 
 def holds_lock(pid: int, session_id: str, settings: Settings) -> bool:
@@ -2690,27 +2805,26 @@ def _proc(pid: int, name: str) -> bytes:
         return b""
 
 
+def _stat(pid: int) -> "list[bytes]":
+    """Return the fields of /proc/PID/stat from the third on (state, ppid, pgrp, ...); none when there is no process."""
+    return _proc(pid, "stat").rpartition(b")")[2].split()
+
+
 def is_running(pid: int) -> bool:
     """Does the process exist, and not as a zombie?"""
-    state = _proc(pid, "stat").rpartition(b")")[2].split()
-    return bool(state) and state[0] not in (b"Z", b"X")
+    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
 
 
 def started(pid: int) -> str:
     """Return when the process was started, in clock ticks since boot; with the pid it names one process for ever."""
-    fields = _proc(pid, "stat").rpartition(b")")[2].split()
-    return fields[19].decode() if len(fields) > 19 else ""
+    return b"".join(_stat(pid)[19:20]).decode()
 
 
 def start_time(pid: int) -> float:
     """Return when the process was started, in seconds since the epoch."""
     ticks = started(pid)
-    boot = re.search(rb"^btime (\d+)", _proc_stat(), re.M)
+    boot = re.search(rb"^btime (\d+)", Path("/proc/stat").read_bytes(), re.M)
     return int(boot[1]) + int(ticks) / os.sysconf("SC_CLK_TCK") if boot and ticks else 0.0
-
-
-def _proc_stat() -> bytes:
-    return Path("/proc/stat").read_bytes()
 
 
 def environment_of(pid: int) -> "dict[str, str]":
@@ -2719,11 +2833,11 @@ def environment_of(pid: int) -> "dict[str, str]":
     return {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
 
 
-def marked_processes(name: str, value: str) -> "list[int]":
-    """Return the running processes that carry this mark in their environment."""
-    needle = f"{name}={value}".encode()
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-    return [pid for pid in pids if needle in _proc(pid, "environ").split(b"\0") and is_running(pid)]
+def related_processes(mark: str, group: int = 0) -> "list[int]":
+    """Return the running processes that carry the process mark in their environment, or are of the process group."""
+    needle, pgrp = f"{PROCESS_MARK}={mark}".encode(), str(group).encode()
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if (needle in _proc(pid, "environ").split(b"\0") or _stat(pid)[2:3] == [pgrp]) and is_running(pid)]
 
 
 # ======================================================================================================================
@@ -2739,9 +2853,11 @@ KEEP_ALIVE = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, s
               (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)]    # a connection that a NAT has dropped is noticed before it is used
 IDLE_CONNECTIONS = 4
 RETRY_DELAYS = (1, 2, 4, 8, 15, 30)
+GET_FILE_SECONDS = 60
 SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's own
 ANSWER_SECONDS = 24 * 3600      # and on a part of an answer; it stays in the journal after that
 FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
+FLOOD_AT_MOST = 24 * 3600
 ASK_RETRY_SECONDS = 5
 PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
 RICH_LIMIT = 32768              # characters [tg 2.1]
@@ -2876,8 +2992,7 @@ class Telegram:
     def _failure(self, error: apihelper.ApiTelegramException, chat: Optional[int]) -> Exception:
         code, description = error.error_code, error.description
         if code == 429:
-            parameters = error.result_json.get("parameters") or {}
-            failure = TooManyRequests(float(parameters.get("retry_after") or FLOOD_SECONDS))
+            failure = TooManyRequests(retry_after(error.result_json))
             if chat is not None:
                 self.pace(chat).close(failure.seconds)
             return failure
@@ -2921,9 +3036,9 @@ class Telegram:
         response.encoding = "utf-8"            # else requests guesses it, at length
         return response
 
-    def download(self, file_id: str) -> "Iterator[bytes]":
-        """Yield a file's bytes.  Raises as `call`, and OSError."""
-        path = self.call(apihelper.get_file, file_id)["file_path"]
+    def download(self, file_id: str, chat: int) -> "Iterator[bytes]":
+        """Yield a file's bytes.  Raises as `insist`, and OSError."""
+        path = self.insist(apihelper.get_file, file_id, chat=chat, seconds=GET_FILE_SECONDS)["file_path"]
         if self.is_local and os.path.isabs(path):       # a local Bot API server hands out its own files [tg 4]
             with open(path, "rb") as file:
                 while chunk := file.read(DOWNLOAD_CHUNK):
@@ -2948,9 +3063,16 @@ def markup(buttons: "Optional[list]") -> Optional[types.InlineKeyboardMarkup]:
     """Return an inline keyboard from rows of (label, data)."""
     if not buttons:
         return None
-    rows = [[types.InlineKeyboardButton(whole_characters(label)[:64] or "?", callback_data=data) for label, data in row]
+    rows = [[types.InlineKeyboardButton(whole_characters(label).strip()[:64] or "?", callback_data=data) for label, data in row]
             for row in buttons]
     return types.InlineKeyboardMarkup(rows)
+
+
+def retry_after(answer: dict) -> float:
+    """Return for how many seconds a 429 asks, which need not be said [tg 6]."""
+    parameters = answer.get("parameters")
+    seconds = parameters.get("retry_after") if isinstance(parameters, dict) else None
+    return min(max(seconds, 1), FLOOD_AT_MOST) if isinstance(seconds, (int, float)) else FLOOD_SECONDS
 
 
 class Chat:
@@ -3066,7 +3188,10 @@ class Topic(Chat):
         if len(part["text"]) > 1 and "too long" in refusal.description:
             half = split_text(part["text"], max(utf16_length(part["text"]) // 2, 1), utf16_length)
             return [plain_part(piece) for piece in half]
-        self._post_plain(f"⚠️ Telegram refused a part of the answer: {refusal.description}", part.get("buttons"))
+        try:
+            self._post_plain(f"⚠️ Telegram refused a part of the answer: {refusal.description}", part.get("buttons"))
+        except Refused as error:
+            log.error("Nor can that be said to %s: %s", self._user_id, error)
         return []
 
     def _post_plain(self, text: str, buttons: "Optional[list]" = None, seconds: float = ANSWER_SECONDS) -> Any:
@@ -3113,7 +3238,7 @@ class Topic(Chat):
     def download(self, file: TelegramFile) -> "Iterator[bytes]":
         if file.size > DOWNLOAD_LIMIT and not self._telegram.is_local:
             raise Refused(400, "file is too big: Telegram hands bots files of up to 20 MB only")
-        return self._telegram.download(file.file_id)
+        return self._telegram.download(file.file_id, self._user_id)
 
     def send_file(self, path: str, caption: str, workspace: str) -> str:
         try:
@@ -3122,15 +3247,16 @@ class Topic(Chat):
         except FileRefused as refusal:
             return str(refusal)
         except OSError as error:
-            return error.strerror or str(error)
+            return f"it can't be read: {error.strerror or error}"
 
     def _upload(self, file: Any, caption: str) -> str:
         """Send as photo if Telegram takes it as such, else as document; return why not, or nothing."""
         size = os.fstat(file.fileno()).st_size
         if not size:
             return "it is empty"
-        if size > (LOCAL_UPLOAD_BYTES if self._telegram.is_local else UPLOAD_BYTES):
-            return "it is larger than the 50 MB that Telegram takes"
+        limit = LOCAL_UPLOAD_BYTES if self._telegram.is_local else UPLOAD_BYTES
+        if size > limit:
+            return f"it is larger than the {limit >> 20} MB that Telegram takes"
         short, rest = (caption, "") if utf16_length(caption) <= CAPTION_LIMIT else ("", caption)
         is_photo = size <= PHOTO_BYTES and image_type(file.read(16)) in ("image/png", "image/jpeg", "image/webp")
         for send in ([send_photo] if is_photo else []) + [send_document]:
@@ -3170,16 +3296,24 @@ class FileRefused(Exception):
 
 def open_inside(path: str, workspace: str) -> Any:
     """Open a regular file inside the workspace, links resolved.  Raises FileRefused, OSError."""
-    real, root = os.path.realpath(os.path.join(workspace, path)), os.path.realpath(workspace)
-    if os.path.commonpath([real, root]) != root:
-        raise FileRefused("it is outside of this topic's folder")
-    if not os.path.lexists(real):
-        raise FileRefused("there is no such file")
-    file = open(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")    # must not wait for a pipe's writer
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise FileRefused("it is not a regular file")
-    return NamedFile(file, real)
+    try:
+        real, root = os.path.realpath(os.path.join(workspace, path)), os.path.realpath(workspace)
+        if os.path.commonpath([real, root]) != root:
+            raise FileRefused("it is outside of this topic's folder")
+        if not os.path.lexists(real):
+            raise FileRefused("there is no such file")
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)      # must not wait for a pipe's writer
+    except ValueError as error:                # a NUL, half a character
+        raise FileRefused("that is no file name") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileRefused("it is not a regular file")
+        if os.readlink(f"/proc/self/fd/{descriptor}") != real:      # a folder on the way became a link meanwhile
+            raise FileRefused("it is outside of this topic's folder")
+        return NamedFile(open(descriptor, "rb"), real)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 class NamedFile:
@@ -3202,17 +3336,19 @@ class NamedFile:
 # Markdown: what Kiro writes, made safe and cut to size
 # ======================================================================================================================
 
-FENCE = r"^[ \t]*(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n.*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)|\Z)"
+MARKERS = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)]|>)[ \t]+){0,9}"      # of the items and quotes that a code block may begin in
+FENCE = MARKERS.join((r"^", r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n.*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)|\Z)"))
 CODE_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)"
 CODE = re.compile(f"{FENCE}|{CODE_SPAN}", re.M | re.S)
-FENCE_LINE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})")
-FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?P<q>["'])(?P<path>[^"'<>\n]*)(?P=q)\s*(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""",
-                      re.S)
-TAG_START = "<send_file"
+FENCE_LINE = re.compile(MARKERS + r"(`{3,}(?=[^`]*$)|~{3,})")
+FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?:"(?P<double>[^"<>\n]*)"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^\s"'<>]+?))"""
+                      r"""(?:\s[^<>]*?)?\s*(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""", re.S)
+CUT_TAG = re.compile(r"<send_file\s+path\s*=[^<>]*\Z")
+TAG_START, TAG_END = "<send_file", "</send_file>"
 MARKDOWN = re.compile(r"""
     ^[ ]{0,3}(?:\#{1,6}\s | [-*+]\s+\S | \d{1,9}[.)]\s+\S | >\s?\S | `{3} | ~{3} | \|.*\|[ \t]*$ | (?:-{3,}|\*{3,}|_{3,})[ \t]*$)
     | `[^`\n]+` | \*\*\S | (?<!\w)__\S | ~~\S | (?<![\w*])\*[^\s*][^*\n]*\*(?!\w) | (?<!\w)_[^\s_][^_\n]*_(?!\w)
-    | \[[^\]\n]*\]\([^)\n]+\)""", re.M | re.X)
+    | \[[^\[\]\n]{0,1000}\]\([^()\n]{1,1000}\)""", re.M | re.X)
 PROSE = re.compile(FENCE + "|" + r"""
     (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\](?:\([^()\n]*\))?|[^\[\]\\`\n])*)\]
         \((?P<target><[^<>\n]*>|[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\))
@@ -3221,9 +3357,9 @@ PROSE = re.compile(FENCE + "|" + r"""
     |(?P<escaped>\\[!-/:-@\[-`{-~])
     |(?P<break><br\s*/?>)
     |<(?P<auto>https?://[^\s<>]+)>
-    |(?P<url>https?://[^\s<>"`|\]]+)
+    |(?P<url>https?://[^\s<>"`|\[\]]+)
     |(?P<tag>^[ ]{0,3}\#{1,6}(?=[^\s\#]))
-    |(?P<mark>\$|<|==+|\|\|+|!(?=\[))
+    |(?P<mark>\$|<|==+|\|\|+|!(?=\[|<?https?://))
     """, re.M | re.S | re.X)
 TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*:?-+:?[ \t]*\|?[ \t]*")
 SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?(?:[/?#]\S*)?|tg://\S+")
@@ -3241,6 +3377,11 @@ def whole_characters(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def in_plain_sight(text: str) -> str:
+    """Return the text with characters spelled out that show nothing, or turn the direction of what follows."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in whole_characters(text))
 
 
 def tail(text: str, limit: int) -> str:
@@ -3270,25 +3411,33 @@ def visible_text(text: str, still_coming: bool = False) -> "tuple[str, list[tupl
     for match in FILE_TAG.finditer(text):
         if any(start <= match.start() < end for start, end in code):
             continue
-        files.append((match["path"].strip(), (match["caption"] or "").strip()))
         kept.append(text[at:match.start()])
         at = match.end()
+        if still_coming and not match[0].endswith(("/>", TAG_END)) and TAG_START not in text[at:]:
+            at = len(text)                     # its caption is still coming
+            break
+        path = match["double"] or match["single"] or match["bare"] or ""
+        files.append((path.strip(), (match["caption"] or "").strip()))
     rest = text[at:]
-    start = open_tag(rest, still_coming)
+    start = tag_beginning(rest) if still_coming else cut_tag(rest)
     if start is not None and not any(begin <= at + start < end for begin, end in code):
         rest = rest[:start]
     return "".join([*kept, rest]).strip("\n"), files
 
 
-def open_tag(text: str, still_coming: bool) -> Optional[int]:
-    """Return where a tag begins that does not end, or that may be about to begin."""
+def tag_beginning(text: str) -> Optional[int]:
+    """Return where a tag begins that the next piece may complete."""
     start = text.rfind(TAG_START)
-    if start >= 0:
+    if start >= 0 and ">" not in text[start:]:
         return start
-    for length in range(min(len(TAG_START), len(text)), 0, -1) if still_coming else ():
-        if text.endswith(TAG_START[:length]):
-            return len(text) - length
-    return None
+    start = text.rfind("<", -len(TAG_START))
+    return start if start >= 0 and TAG_START.startswith(text[start:]) else None
+
+
+def cut_tag(text: str) -> Optional[int]:
+    """Return where a tag begins that the answer's end has cut off."""
+    match = CUT_TAG.search(text)
+    return match.start() if match else None
 
 
 def has_markdown(text: str) -> bool:
@@ -3311,7 +3460,7 @@ def next_fence(fence: str, line: str) -> str:
         return fence
     if not fence:
         return line
-    closes = match[1].startswith(fence_mark(fence)) and not line.strip().strip("`~")
+    closes = match[1].startswith(fence_mark(fence)) and not line.strip(" \t>`~")
     return "" if closes else fence
 
 
@@ -3415,8 +3564,6 @@ def _safe_mark(match: "re.Match[str]") -> str:
     mark = match["mark"]
     if mark == "<":
         return "&lt;"
-    if mark == "!":                            # of an image whose link is in no known form
-        return ""
     line = match.string[match.string.rfind("\n", 0, match.start()) + 1:match.start()]
     if mark[0] == "|" and line.lstrip().startswith("|"):
         return " ".join(mark)                  # empty cells
@@ -3647,7 +3794,7 @@ class Terminal(Chat):
         except FileRefused as refusal:
             return str(refusal)
         except OSError as error:
-            return error.strerror or str(error)
+            return f"it can't be read: {error.strerror or error}"
         return ""
 
     def say(self, text: str, buttons: "Optional[list]" = None) -> None:
@@ -3868,12 +4015,23 @@ def main(arguments: "list[str]") -> int:
 def load_settings(folder: Path, need_token: bool) -> Settings:
     """Read `.env` and the environment, which wins.  The token is taken out of it, so that no child inherits it."""
     try:
+        if (folder / ".env").exists():
+            check_syntax(folder / ".env")
         load_dotenv(folder / ".env")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
     settings = read_settings(dict(os.environ), folder, need_token)
     os.environ.pop("BOT_TOKEN", None)
     return settings
+
+
+def check_syntax(path: Path) -> None:
+    """Make sure that dotenv understands each line, where it would only warn.  Raises SettingsError, OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8") as file:
+        for binding in parse_stream(file):
+            if binding.error:
+                name = binding.original.string.strip().partition("=")[0]
+                raise SettingsError(f".env, line {binding.original.line}: {name} can't be read (is a quote missing?)")
 
 
 def start(arguments: "list[str]") -> None:

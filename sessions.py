@@ -99,12 +99,11 @@ JOIN_TURN = "UPDATE inbox SET turn_id = ?, state = 'begun', changed_at = ? WHERE
 TURN_STATE = "UPDATE inbox SET state = ?, changed_at = ? WHERE turn_id = ?"
 MESSAGE_DONE = "UPDATE inbox SET state = 'done', changed_at = ? WHERE update_id = ?"
 UNFINISHED = """
-SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial FROM turns JOIN inbox USING (turn_id)
+SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial, turns.offer FROM turns JOIN inbox USING (turn_id)
 WHERE inbox.state IN ('begun', 'answered') GROUP BY turns.turn_id ORDER BY turns.turn_id
 """
 KEEP_PARTIAL = "UPDATE turns SET partial = ? WHERE turn_id = ?"
 SET_OFFER = "UPDATE turns SET offer = ? WHERE turn_id = ?"
-GET_OFFER = "SELECT offer FROM turns WHERE turn_id = ?"
 ADD_PART = "INSERT INTO parts (turn_id, position, body) VALUES (?, ?, ?)"
 PARTS = "SELECT position, body FROM parts WHERE turn_id = ? ORDER BY position"
 DELETE_PART = "DELETE FROM parts WHERE turn_id = ? AND position = ?"
@@ -152,6 +151,7 @@ class UnfinishedTurn(NamedTuple):
     thread_id: int
     state: str                # "begun" or "answered"
     partial: str              # what Kiro had said, if that was kept
+    offer: bool               # once sent, it is offered again
 
 
 def utc_now() -> str:
@@ -169,6 +169,8 @@ class SessionStore:
         try:
             self._connection = sqlite3.connect(db_path, timeout=BUSY_SECONDS, check_same_thread=False)
             self._connection.executescript(SCHEMA)
+            for query in (GET_SESSION + " LIMIT 0", "SELECT update_id, state, turn_id FROM inbox LIMIT 0"):
+                self._connection.execute(query, (0, 0)[:query.count("?")])      # somebody else's tables are refused here
         except sqlite3.Error as error:
             raise StoreError(str(error)) from error
 
@@ -190,7 +192,7 @@ class SessionStore:
             try:
                 with self._connection:
                     yield self._connection
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OverflowError, UnicodeError) as error:
                 raise StoreError(str(error)) from error
 
     # -- sessions ------------------------------------------------------------------------------------------------------
@@ -307,16 +309,10 @@ class SessionStore:
         with self._transaction() as db:
             db.execute(DELETE_PART, (turn_id, position))
 
-    def finish(self, turn_id: int) -> None:
-        """All parts of the answer are sent: the turn is done, or offered when that was asked for."""
+    def finish(self, turn_id: int, offer: bool = False) -> None:
+        """All parts of the answer are sent: the turn is done, or with `offer` the topic has the buttons to ask it again."""
         with self._transaction() as db:
-            offer = db.execute(GET_OFFER, (turn_id,)).fetchone()
-            db.execute(TURN_STATE, ("offered" if offer and offer[0] else "done", utc_now(), turn_id))
-
-    def offered(self, turn_id: int) -> None:
-        """The topic has the buttons that offer this turn again."""
-        with self._transaction() as db:
-            db.execute(TURN_STATE, ("offered", utc_now(), turn_id))
+            db.execute(TURN_STATE, ("offered" if offer else "done", utc_now(), turn_id))
 
     def ask_again(self, turn_id: int) -> "list[InboxMessage]":
         """Make a turn's messages wait again; return them, none when that was done before or they were dropped."""

@@ -3,9 +3,10 @@
     pytest test_sessions.py            the tests: `python bot.py` as a process between two stand-ins
     python test_sessions.py            the stand-in Kiro: an ACP agent on stdin and stdout, whatever its arguments
     python test_sessions.py bench      measures the bot between the stand-ins
+    python test_sessions.py kills [N]  kills the bot N times at random moments, 50 unless told, and counts what was lost
 
 From top to bottom: the stand-in Kiro, the stand-in Telegram, the harness that runs the bot between the two,
-the benchmark, the tests. Both stand-ins are strict: they refuse what the real ones refuse, and note as a
+the benchmark and the soak, the tests. Both stand-ins are strict: they refuse what the real ones refuse, and note as a
 *violation* what the bot should never do, so that a mistake shows here first.
 
 Words: a *directive* is a line of a prompt that starts with `!` and tells the stand-in Kiro what to do in this
@@ -79,7 +80,7 @@ class Wire:
     def send(self, frame):
         frame = {"jsonrpc": "2.0", **frame}
         self.note("out", frame)
-        self.write_line(json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode())
+        self.write_line(json.dumps(frame, ensure_ascii=False, separators=(",", ":")).encode(errors="replace"))
 
     def write_line(self, line):
         rest = line + b"\n"
@@ -1120,15 +1121,17 @@ class Turn:
                          stdout=stream, stderr=stream, start_new_session="setsid" in words)
 
 
-if __name__ == "__main__" and sys.argv[1:] != ["bench"]:
+if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["kills"]):
     Agent().run()
 
 # ---------------------------------------------------------------------------------------------------------
 # The stand-in Telegram: what it keeps
 # ---------------------------------------------------------------------------------------------------------
 
+import collections
 import contextlib
 import http.server
+import random
 import re
 import shlex
 import socket
@@ -2260,6 +2263,12 @@ class Bot:
     def command(self, *arguments):
         return [sys.executable, str(REPO / "bot.py"), *arguments]
 
+    def hurry(self, **constants):
+        """From now on run the bot with other constants, so that a test need not wait for the real ones; returns self."""
+        changes = "; ".join(f"bot.{name} = {value!r}" for name, value in constants.items())
+        self.command = lambda *arguments: [sys.executable, "-c", f"import bot; {changes}; bot.start({list(arguments)})"]
+        return self
+
     def start(self, wait=True, **settings):
         """Start the bot, and wait until it polls."""
         self.set(**settings)
@@ -2537,19 +2546,131 @@ def thirty_topics(bot, telegram):
     bot.stop()
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The soak: kill -9 at random moments
+# ---------------------------------------------------------------------------------------------------------
+
+
+def kills(count=50, seed=None):
+    """Kill a bot `count` times at random moments under load, and print what became of the messages."""
+    seed = random.randrange(10**6) if seed is None else seed
+    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+        bot = Bot(folder, telegram, WARM_SECONDS=3)
+        try:
+            begun = time.monotonic()
+            figures = Soak(bot, telegram, random.Random(seed)).run(count)
+            print(f"{count} kills in {time.monotonic() - begun:.0f} s, seed {seed}")
+            for name, value in figures.items():
+                print(f"{value:6} {name}")
+            bot.stop()
+            bot.check()
+        finally:
+            bot.clean_up()
+
+
+class Soak:
+    """Load over several topics of two people, on a bot that is killed again and again."""
+
+    TOPICS = [(ALICE, None), (ALICE, 7), (ALICE, 8), (BOB, None), (BOB, 7)]
+
+    def __init__(self, bot, telegram, chance):
+        self.bot, self.telegram, self.chance = bot, telegram, chance
+        self.marks = []  # one for each message: it is in its prompt, and in its answer
+        self.ends = []  # when the bot was killed
+        self.unconfirmed = set()  # the calls whose confirmation never left the server
+
+    def run(self, count):
+        self.telegram.fault("sendMessage", drop="after", times=None, when=self.cuts_off)
+        for _ in range(count):
+            self.bot.start(wait=self.chance.random() < 0.8)
+            self.load_for(self.chance.uniform(0, 1.2))
+            self.bot.kill()
+            self.ends.append(time.monotonic())
+        self.bot.start()
+        wait_until(self.at_rest, 60, lambda: f"rest: {self.unrest()}")
+        return self.figures()
+
+    def cuts_off(self, call):
+        if self.chance.random() < 0.05:
+            self.unconfirmed.add(call.number)
+        return call.number in self.unconfirmed
+
+    def load_for(self, seconds):
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.write()
+            time.sleep(min(self.chance.expovariate(8), left))
+
+    def write(self):
+        """A message of a random length of answer and of turn."""
+        mark = f"<m{len(self.marks)}>"
+        self.marks.append(mark)
+        lines = [f"!say {mark}"]
+        if self.chance.random() < 0.3:
+            name = f"long{len(self.marks)}"
+            self.bot.control_file(name, "".join(f"{mark} line {number} of a long answer\n" for number in range(300)))
+            lines = [f"!recite {name} 500"]
+        if self.chance.random() < 0.7:
+            lines.insert(self.chance.randint(0, 1), f"!sleep {self.chance.uniform(0, 0.3):.3f}")
+        user, thread = self.chance.choice(self.TOPICS)
+        self.telegram.write("\n".join([mark, *lines]), user=user, thread=thread)
+
+    def unrest(self):
+        return self.bot.database("SELECT state, user_id, thread_id, body FROM inbox WHERE state NOT IN ('done', 'offered')")
+
+    def at_rest(self):
+        with self.telegram.changed:
+            delivered = not self.telegram.pending
+        return delivered and not self.unrest()
+
+    def figures(self):
+        sent = self.telegram.find(None)
+        said = collections.Counter(mark for call in sent if "I was interrupted" not in call.text
+                                   for mark in set(re.findall("<m[0-9]+>", call.text)))
+        turns = self.bot.database("SELECT group_concat(body) AS bodies FROM inbox WHERE state = 'offered' GROUP BY turn_id")
+        turns = [set(re.findall("<m[0-9]+>", turn["bodies"])) for turn in turns]
+        offers = set().union(*turns)
+        carded = {mark for call in sent if "I was interrupted" in call.text for mark in re.findall("<m[0-9]+>", call.text)}
+        prompts = collections.Counter(mark for prompt in self.bot.prompts() for mark in set(re.findall("<m[0-9]+>", prompt)))
+        repeated = self.repeated(sent)
+        return {
+            "messages sent": len(self.marks),
+            "answered": len([mark for mark in self.marks if said[mark]]),
+            "offered": len([mark for mark in self.marks if mark in offers]),
+            "offered without a card": sum(len(turn) for turn in turns if not turn & carded),  # which names the first few
+            "answered and offered": len([mark for mark in self.marks if said[mark] and mark in offers]),
+            "lost": len([mark for mark in self.marks if not said[mark] and mark not in offers]),
+            "run twice": len([mark for mark in self.marks if prompts[mark] > 1]),
+            "parts sent": len(sent),
+            "parts sent twice": len(repeated),
+            "of these with their confirmation cut off": len([call for call in repeated if self.was_cut_off(call)]),
+        }
+
+    def repeated(self, sent):
+        """The calls that were made once more later."""
+        last = {(call.params["chat_id"], call.thread, call.text): call.number for call in sent}
+        return [call for call in sent if call.number < last[call.params["chat_id"], call.thread, call.text]]
+
+    def was_cut_off(self, call):
+        """Was the confirmation dropped, or the bot killed before it could note it?"""
+        return call.number in self.unconfirmed or any(0 <= end - call.time < 0.25 for end in self.ends)
+
+
 if __name__ == "__main__":
-    raise SystemExit(bench())
+    raise SystemExit(bench() if sys.argv[1] == "bench" else kills(*map(int, sys.argv[2:])))
 
 # ---------------------------------------------------------------------------------------------------------
 # The tests: fixtures
 # ---------------------------------------------------------------------------------------------------------
 
 from concurrent.futures import ThreadPoolExecutor
+import resource
 
 import pytest
 
 from bot import SettingsError, read_settings
 from sessions import SessionRecord, SessionStore, StoreError
+import bot as program
 
 
 @pytest.fixture
@@ -2767,7 +2888,7 @@ def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
 
 
 def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
-    bot = hurry(make_bot(), FRAME_SECONDS=0.02).start()
+    bot = make_bot().hurry(FRAME_SECONDS=0.02).start()
     assert ask(telegram, "/start") == ask(telegram, "/help") and "/new" in telegram.texts()[-1]
     assert "none yet" in ask(telegram, "/status")
     ask(telegram, "!context 42")
@@ -2789,18 +2910,10 @@ def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def hurry(bot, **constants):
-    """Let the bot run with other constants, so that a test need not wait for the real ones."""
-    changes = "; ".join(f"bot.{name} = {value}" for name, value in constants.items())
-    program = f"import bot; {changes}; bot.start([])"
-    bot.command = lambda *_: [sys.executable, "-c", program]
-    return bot
-
-
 @pytest.fixture
 def quick(make_bot):
     """A bot that sends many frames."""
-    return hurry(make_bot(), FRAME_SECONDS=0.02, KEEP_ALIVE_SECONDS=0.1).start()
+    return make_bot().hurry(FRAME_SECONDS=0.02, KEEP_ALIVE_SECONDS=0.1).start()
 
 
 def press_stop(telegram, draft):
@@ -3241,6 +3354,1614 @@ def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
     bot.wait_wire("in", "session/prompt", count=3)
     assert bot.stop(by=by) < 2
     assert bot.process.returncode == 0 and not bot.agents()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: nothing hangs, Kiro's side
+# ---------------------------------------------------------------------------------------------------------
+
+NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
+AGAIN = ["Ask again", "Drop"]
+HALF = "Kiro can say this much before it goes"
+
+
+def tell(telegram, text, thread, *answers, timeout=10, **fields):
+    """Write into the topic, and wait for lasting messages with these texts; returns the last one's call."""
+    message = telegram.write(text, thread=thread, **fields)
+    return [telegram.answer(answer, thread, after=message, timeout=timeout) for answer in answers][-1]
+
+
+def goes_on(telegram, *threads):
+    """The next message in each of the topics is answered, and once."""
+    messages = [telegram.write(f"on in {thread}", thread=thread) for thread in threads]
+    for thread, message in zip(threads, messages):
+        telegram.answer(f"echo: on in {thread}", thread, after=message)
+    for thread, message in zip(threads, messages):
+        assert len([text for text in telegram.texts(thread, after=message) if "echo: on" in text]) == 1
+
+
+def offers(telegram, call):
+    """The names of a message's buttons."""
+    return [button["text"] for button in telegram.buttons(call)]
+
+
+def nothing_stays(bot, threads=10):
+    """No agent, no thread but main, poll and the eight for errands, no pipe."""
+    bot.wait_agents(0)
+    wait_until(lambda: bot.threads() <= threads, what=lambda: f"{threads} threads rather than {bot.threads()}")
+    wait_until(lambda: not half_pipes(bot), what=lambda: f"the closing of {half_pipes(bot)}")
+
+
+def half_pipes(bot):
+    """The pipes of which the bot has one end."""
+    names = []
+    for fd in bot.proc("fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(fd))
+    return [name for name in names if name.startswith("pipe:") and names.count(name) == 1]
+
+
+def lose(bot, thread):
+    """Remove the files of a topic's session."""
+    for path in session_path(bot, thread).parent.glob(session_path(bot, thread).stem + ".*"):
+        path.unlink()
+
+
+def session_id(bot, thread):
+    return bot.database("SELECT session_id FROM sessions WHERE thread_id = ?", thread)[0]["session_id"]
+
+
+def session_path(bot, thread, extension="json"):
+    return bot.home / ".kiro" / "sessions" / "cli" / f"{session_id(bot, thread)}.{extension}"
+
+
+def lock_by(bot, thread, pid, started_at="2020-01-01T00:00:00Z"):
+    """Put a lock on a topic's session as if process `pid` had left it."""
+    session_path(bot, thread, "lock").write_text(json.dumps({"pid": pid, "started_at": started_at}))
+
+
+def started_agent(bot, thread):
+    """A stand-in Kiro that is none of the bot's, and has the topic's session."""
+    agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), cwd=bot.folder, stdin=subprocess.PIPE,
+                             stdout=subprocess.DEVNULL)
+    for number, (method, params) in enumerate([
+            ("initialize", {"protocolVersion": 1}),
+            ("session/load", {"sessionId": session_id(bot, thread), "cwd": str(bot.folder), "mcpServers": []})]):
+        agent.stdin.write(json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode() + b"\n")
+        agent.stdin.flush()
+        bot.wait_wire("out", pid=agent.pid, when=lambda entry: entry["frame"].get("id") == number)
+    return agent
+
+
+# What Kiro does in a turn, how often the prompt is sent, whether it is offered again, and the topic's messages.
+TURNS = [
+    ("!exit 3 boom", 2, True, ["⚠️ Kiro has exited (exit status 3: boom)."]),
+    ("!exit 0", 2, True, ["⚠️ Kiro has exited (exit status 0)."]),
+    ("!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
+    ("!thought hm\n!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
+    ("!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+    ("!say half\n!exit 1 boom", 1, True, ["half", "⚠️ Kiro has exited (exit status 1: boom)."]),
+    ("!tool execute Running: make\n!kill", 1, True, ["⚠️ Kiro has exited (signal 9)."]),
+    ("!say half\n!close_stdout\n!silence", 1, True, ["half", "⚠️ Kiro has exited"]),
+    ("!silence", 1, True, ["⚠️ Kiro said nothing for 2 s"]),
+    ("!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s"]),
+    ("!bigline 33", 1, True, ["⚠️ Kiro has exited (Kiro sent a line of more than 32 MB)."]),
+    ("!error -32603 The model 'X' is not available", 1, True, ["⚠️ The model 'X' is not available"]),
+    ("!error_object -32603 Throttled", 1, True, ["⚠️ Throttled"]),
+    ("!say half\n!error -32603 Too long", 1, True, ["half", "⚠️ Too long"]),
+    ("!thought hm", 1, False, ["Kiro has finished without saying anything."]),
+    ("!rate_limit Too many requests", 1, False, ["Too many requests"]),
+    ("!say all\n!turn_end", 1, False, ["all"]),
+    ("!turn_end", 1, False, ["Kiro has finished without saying anything."]),
+    ('!say all\n!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"turn_end"}}}\n!exit 0',
+     1, False, ["all"]),
+    ("!say so\n!tool read a.txt\n!interrupted", 1, False, ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
+    ("!interrupted", 1, False, ["Tool uses were interrupted, waiting for the next user prompt"]),
+    ("!say wrong\n!discard\n!say right", 1, False, ["right"]),
+    ("!say a\n!tool read a.txt\n!say wrong\n!discard\n!say b", 1, False, ["a\n\nb"]),
+    ("!say kept\n" '!raw {"jsonrpc":"2.0","method":"_kiro.dev/session/update","params":{"sessionId":"of-a-subagent",'
+     '"update":{"sessionUpdate":"stream_discarded"}}}', 1, False, ["kept"]),
+    ("!retry_warning\n!say after all", 1, False, ["after all"]),
+    ("!request fs/write_text_file\n!request _vendor/thing", 1, False, ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
+    ("!junk\n!say ok", 1, False, ["ok"]),
+    ('!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n'
+     "!say ok", 1, False, ["ok"]),
+    ("!bigline 10\n!say ok", 1, False, ["ok"]),
+    ("!stderr 300\n!say ok", 1, False, ["ok"]),
+    ("!update_other_session no\n!say mine\n!late no\n!late_ask", 1, False, ["mine"]),
+    ("!surrogates", 1, False, ["😀"]),
+    ("!oauth https://tracker.test/login\n!say ok", 1, False, ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
+    ("!compaction\n!say ok", 1, False, ["ok"]),
+    ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
+    ("!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
+    ("!stop_reason cancelled", 1, False, ["ℹ️ Kiro ended this turn early (cancelled)."]),
+    ("!spawn pipes\n!say ok", 1, False, ["ok"]),
+    ("!spawn setsid\n!say ok", 1, False, ["ok"]),
+    ("!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+]
+
+
+def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(telegram, start):
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4)
+    threads = range(1, len(TURNS) + 1)
+    for thread, (script, _, _, texts) in zip(threads, TURNS):
+        telegram.write(script, thread=thread)
+    for thread, (script, times, offered, texts) in zip(threads, TURNS):
+        last = telegram.answer(texts[-1], thread, timeout=20)
+        assert offers(telegram, last) == (AGAIN if offered else []), script
+        told = telegram.texts(thread)
+        assert len(told) == len(texts) and all(map(str.startswith, told, texts)), script
+        assert [prompt.partition("\n[About")[0] for prompt in bot.prompts()].count(script) == times, script
+    goes_on(telegram, *threads)
+    assert [len(telegram.texts(thread)) for thread in threads] == [len(texts) + 1 for *_, texts in TURNS]
+    nothing_stays(bot)
+
+
+def test_ask_again_after_a_crash_asks_once(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    text = "!say half\n!exit 1\n"
+    card = tell(telegram, text, 7, "half", "⚠️ Kiro has exited")
+    for _ in range(3):      # three presses in a row are one
+        telegram.press(card, "Ask again", data=telegram.buttons(card)[0]["callback_data"])
+    second = telegram.answer("⚠️ Kiro has exited", thread=7, after=card)
+    telegram.wait_for("answerCallbackQuery", count=3)
+    telegram.press(second, "Drop")
+    telegram.wait_for("editMessageText", containing="Dropped", after=second)
+    assert len(bot.prompts()) == 2 and not telegram.buttons(card) and not telegram.buttons(second)
+    assert telegram.texts(7).count("half") == 2
+    goes_on(telegram, 7)
+    nothing_stays(bot)
+
+
+# How Kiro fails before there is a turn, and what the topic hears; a list: in a topic that has a session.
+STARTS = [
+    ({"start": {"stderr": "error: You are not logged in, please log in with kiro-cli login", "exit": 1}}, "kiro-cli login --use-device-flow", True),
+    ({"start": {"stderr": "error: You are not logged in", "exit": 0}}, "kiro-cli login --use-device-flow", True),
+    ({"start": {"stderr": "error: unexpected argument '--agent-engine'", "exit": 2}}, "exit status 2: error: unexpected argument", True),
+    ({"start": {"kill": True, "times": 1}}, "echo: hello", False),
+    ({"start": {"junk": True, "big_line": 600}}, "echo: hello", False),
+    ({"initialize": {"exit": 0, "times": 1}}, "echo: hello", False),
+    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, "⚠️ no such engine", True),
+    ({"new": {"exit": 0}}, "⚠️ Kiro has exited (exit status 0).", True),
+    ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
+    ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
+    ({"agent_not_found": True}, NO_AGENT, False),
+    ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
+    ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
+    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 1 s.", True),
+]
+
+
+def test_a_missing_kiro_is_told_and_found_again(telegram, start, make_bot):
+    bot = make_bot(WARM_SECONDS=0, MAX_PROCESSES=1, KIRO_COMMAND="./kiro acp")
+    program, away = bot.folder / "kiro", bot.folder / "away"
+    program.write_text(f"#!/bin/sh\nexec {KIRO_COMMAND}\n")
+    program.chmod(0o700)
+    bot.start()
+    program.rename(away)
+    card = tell(telegram, "hello", 1, "⚠️ Kiro could not be started: No such file or directory")
+    away.rename(program)
+    telegram.press(card, "Ask again")
+    telegram.answer("echo: hello", thread=1)
+    bot.workspace(2).write_text("a file where the folder should be")
+    card = tell(telegram, "hello", 2, f"⚠️ The folder {bot.workspace(2)} can't be made")
+    assert offers(telegram, card) == AGAIN
+    bot.workspace(2).unlink()
+    goes_on(telegram, 1, 2)
+    nothing_stays(bot)
+
+
+TRANSIENT = [
+    {"load": {"error": -32603, "data": "The request was throttled by the service"}},
+    {"load": {"error": -32603, "data": "Failed to start session: unknown error"}},
+    {"load": {"error": -32603, "data": "Failed to load session: MCP server 'tracker' not found"}},
+    {"load": {"error": -32603, "data": {"details": "ExpiredTokenException"}}},
+    {"load": {"exit": 0}},
+    {"load": {"kill": True}},
+    {"load": {"hang": True}},
+]
+
+
+def test_trouble_at_load_does_not_throw_a_session_away(telegram, start):
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+    tell(telegram, "hello", 7, "echo: hello")
+    session = session_id(bot, 7)
+    for habits in TRANSIENT:
+        bot.habits(**habits)
+        card = tell(telegram, "and now", 7, "⚠️ ")
+        assert session_id(bot, 7) == session, habits
+    bot.habits()
+    assert offers(telegram, card) == AGAIN
+    tell(telegram, "!recall", 7, "before: hello")
+    nothing_stays(bot)
+
+
+def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, start):
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+    ways = ["error", "exit", "hang", "accept"]
+    for thread, way in enumerate(ways, 1):
+        tell(telegram, "hello", thread, "echo: hello")
+        lose(bot, thread)
+        bot.habits(unknown_session=way)
+        tell(telegram, "who am I", thread, "⚠️ Kiro no longer has this topic's session: its history is gone", "echo: who am I")
+    for code in (-32002, -32600, -32603):
+        bot.habits(load={"error": code, "data": "Resource not found: session", "times": 1})
+        lose(bot, 1)
+        tell(telegram, "hello", 1, "its history is gone", "echo: hello")
+    bot.habits()
+    goes_on(telegram, *range(1, 5))
+    tell(telegram, "!say half\n!kill", 9, "half", "⚠️")
+    lose(bot, 9)
+    tell(telegram, "!recall", 9, "0 before")
+    assert not telegram.find(containing="history is gone", thread=9)      # no turn of it had ended
+    nothing_stays(bot)
+
+
+def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    tell(telegram, "hello", 7, "echo: hello")
+    bot.wait_agents(0)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    sleeper = subprocess.Popen(["sleep", "60"])
+    agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), stdin=subprocess.PIPE, cwd=bot.folder)
+    try:
+        for number, process in enumerate([dead, sleeper, agent]):    # the last two: the pid was given to another
+            lock_by(bot, 7, process.pid)
+            tell(telegram, f"!recall {number}", 7, f"before: hello")
+        assert sleeper.poll() is agent.poll() is None
+    finally:
+        sleeper.kill(), agent.communicate()
+    stranger = started_agent(bot, 7)
+    card = tell(telegram, "!recall again", 7, f"open in another program (process {stranger.pid}). Close it there, then ask again.")
+    assert offers(telegram, card) == AGAIN and stranger.poll() is None
+    stranger.communicate()
+    telegram.press(card, "Ask again")
+    telegram.answer("before: hello", thread=7)
+    nothing_stays(bot)
+
+
+def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    bot.habits(slow_exit=0.7, two_processes=True)
+    tell(telegram, "hello", 7, "echo: hello")
+    tell(telegram, "!recall", 7, "2 before: hello")
+    first, second = [entry["t"] for entry in bot.wire("exit")][:1] + [bot.wait_wire("in", "session/load")["t"]]
+    assert first < second and len(bot.wire("in", "session/load")) == 1
+    nothing_stays(bot)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_orphans_of_a_killed_bot_free_their_session(telegram, start, stubborn):
+    bot = start(WARM_SECONDS=0)
+    bot.habits(two_processes=True, ignore_stdin_end=stubborn, ignore_term=stubborn)
+    telegram.write("!say half\n!wait never", thread=7)
+    bot.wait_wire("out", when=lambda entry: "half" in str(entry["frame"]))
+    telegram.write("what came while Kiro worked", thread=7)
+    telegram.wait_for("setMessageReaction")
+    bot.kill()
+    if not stubborn:
+        bot.wait_agents(0)      # they notice it
+    bot.habits()
+    bot.start()
+    telegram.answer("I was interrupted while working on", thread=7)
+    telegram.answer("echo: what came while Kiro worked", thread=7)
+    goes_on(telegram, 7)
+    nothing_stays(bot)
+
+
+def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, start):
+    """Stdin's end, then TERM, then KILL: 7 s after the answer. Cancel: 5 s. Meanwhile, whatever keeps Kiro from starting."""
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5)
+    bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
+    tell(telegram, "!spawn setsid pipes\n!say the end", 101, "the end")
+    answered = time.monotonic()
+    bot.habits(cancel={"hang": True})
+    telegram.write("!recall", thread=101)
+    telegram.write("!chunks 100 9 0.1", thread=102)
+    bot.wait_wire("start", count=3)
+    bot.wait_prompt("!chunks")
+    telegram.stop(telegram.wait_for(DRAFT, thread=102))
+    pressed = time.monotonic()
+    for thread, (habits, answer, offered) in enumerate(STARTS, 1):
+        bot.habits(**habits)
+        last = tell(telegram, "hello", thread, answer)
+        assert offers(telegram, last) == (AGAIN if offered else []), habits
+    bot.habits()
+    stopped = telegram.answer("⏹ Stopped.", thread=102)
+    recalled = telegram.answer("2 before: !spawn", thread=101, timeout=15)
+    assert stopped.time - pressed < 6 and recalled.time - answered < 9
+    goes_on(telegram, 101, 102, *range(1, len(STARTS) + 1))
+    nothing_stays(bot)
+
+
+def test_a_deaf_kiro_blocks_nobody(telegram, start):
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+    bot.habits(new={"deaf": True})
+    photo = telegram.send_file("photo", png() + bytes(3_000_000), thread=1, caption="look")
+    wait_until(lambda: bot.wire("in", "session/new"))
+    bot.habits()
+    tell(telegram, "/status", 1, "Session: ")
+    goes_on(telegram, 2)
+    telegram.answer("echo: look", thread=1)       # a process that reads nothing has done nothing: asked once more
+    assert len(bot.wire("in", "session/prompt", when=lambda entry: "look" in str(entry))) == 1
+    bot.habits(new={"deaf": True}, load={"deaf": True})
+    telegram.send_file("document", bytes(5_000_000), name="big.bin", thread=3)
+    card = telegram.answer("⚠️ Kiro does not read what it is sent", thread=3)
+    assert offers(telegram, card) == AGAIN
+    bot.habits()
+    goes_on(telegram, 1, 3)
+    nothing_stays(bot)
+
+
+def warm_one(bot, thread):
+    """Wait for the warm process of a topic; returns its pid."""
+    load = bot.wait_wire("in", "session/load", when=lambda entry: entry["frame"]["params"]["sessionId"] == session_id(bot, thread))
+    bot.wait_wire("out", pid=load["pid"], when=lambda entry: entry["frame"].get("id") == load["frame"]["id"])
+    return load["pid"]
+
+
+def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, start):
+    bot = start(SILENCE_SECONDS=1, MAX_PROCESSES=10)
+    tell(telegram, "hello", 1, "echo: hello")
+    os.kill(warm_one(bot, 1), signal.SIGKILL)
+    tell(telegram, "!recall", 1, "2 before: hello")
+    bot.habits(load={"deaf": True})
+    tell(telegram, "hello", 2, "echo: hello")
+    warm_one(bot, 2)
+    bot.habits()
+    tell(telegram, "!recall", 2, "2 before: hello")
+    tell(telegram, "hello", 3, "echo: hello")
+    warm_one(bot, 3)
+    bot.habits(prompt={"error": -32603, "data": "ExpiredTokenException", "times": 1})
+    telegram.write("!ask Running: make", thread=3)
+    telegram.press(telegram.answer("make", thread=3), "Yes")
+    telegram.answer("permission: allow_once", thread=3)
+    bot.habits(load={"hang": True})
+    tell(telegram, "hello", 4, "echo: hello")
+    bot.habits()
+    goes_on(telegram, 1, 2, 3, 4)
+    assert not telegram.find(containing="⚠️")
+
+
+@pytest.mark.parametrize("dialect", ["config", "grouped", "both", "none"])
+def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
+    bot = make_models(start, dialect=dialect, forget_model=True)
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    if dialect == "none":
+        tell(telegram, "/model claude-sonnet-4", 7, "Kiro reports no models")
+        return
+    tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic: claude-sonnet-4")
+    tell(telegram, "!model", 7, "model: claude-sonnet-4")
+    tell(telegram, "!model", 7, "model: claude-sonnet-4")
+    setters = [entry["frame"]["method"] for entry in bot.wire("in") if "set_" in entry["frame"].get("method", "")]
+    assert len(set(setters)) == 1
+
+
+def make_models(start, **habits):
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+    bot.habits(**habits)
+    return bot
+
+
+def test_a_model_that_kiro_does_not_take_is_told(telegram, start):
+    bot = make_models(start)
+    tell(telegram, "hello", 7, "echo: hello")
+    tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
+    bot.habits(set_model={"hang": True})
+    tell(telegram, "one", 7, "⚠️ The model may not be claude-sonnet-4: Kiro did not answer session/set_model", "echo: one")
+    bot.habits(set_model={"error": -32603, "data": "Not for you"})
+    tell(telegram, "two", 7, "⚠️ The model may not be claude-sonnet-4: Not for you", "echo: two")
+    bot.habits(models=["auto"])
+    tell(telegram, "!model", 7, "The model claude-sonnet-4 is no longer offered; this topic is back to auto.", "model: auto")
+    bot.habits()
+    goes_on(telegram, 7)
+    nothing_stays(bot)
+
+
+def test_an_agent_that_loads_late_or_never_keeps_the_conversation_straight(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    bot.habits(replay="after")
+    tell(telegram, "hello", 1, "echo: hello")
+    assert tell(telegram, "again", 1, "echo:").text == "echo: again"
+    bot.habits(load_session=False)
+    tell(telegram, "hello", 2, "echo: hello")
+    tell(telegram, "!recall", 2, "This agent can't reload sessions: each message starts without the history.", "0 before")
+    tell(telegram, "!recall", 2, "0 before")
+    assert len(telegram.find(containing="can't reload", thread=2)) == 1
+    nothing_stays(bot)
+
+
+def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    telegram.write("!ask Running: make", thread=7)
+    question = telegram.answer("make", thread=7)
+    os.kill(bot.wire("in", "session/prompt")[0]["pid"], signal.SIGKILL)
+    telegram.answer("⚠️ Kiro has exited (signal 9).", thread=7)
+    telegram.wait_for("editMessageText", containing="Refused")
+    assert not telegram.buttons(question)
+    goes_on(telegram, 7)
+    nothing_stays(bot)
+
+
+def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bot):
+    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp")
+    program = bot.folder / "kiro"
+    program.write_text(f"#!/bin/sh\nenv -i sleep 600 & echo $! > {bot.control}/left\nexec {KIRO_COMMAND}\n")
+    program.chmod(0o700)
+    bot.start()
+    tell(telegram, "hello", 7, "echo: hello")
+    left = int((bot.control / "left").read_text())
+    try:
+        wait_until(lambda: not alive(left), 3, "the end of the left process")
+        nothing_stays(bot)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The soak: kill -9 at random moments
+# ---------------------------------------------------------------------------------------------------------
+
+
+HASTY = dict(POLL_RETRY_SECONDS=(0.05, 0.1, 0.2), RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=0.1, FLOOD_SECONDS=0.3,
+             TIMEOUT=(1, 0.3), JOURNAL_RETRY_SECONDS=0.3)
+
+
+@pytest.fixture
+def hasty(make_bot):
+    """Makes bots whose pauses are a hundredth of the real ones, so that an outage of a second is one of minutes."""
+    return lambda **settings: make_bot(**settings).hurry(**HASTY)
+
+
+@pytest.fixture(scope="session")
+def thrown_out(tmp_path_factory):
+    """A bot that meets another one's poll; it is patient for longer than the other tests take: (bot, telegram)."""
+    with Telegram() as telegram:
+        telegram.fault("getUpdates", status=409, times=1)
+        bot = Bot(tmp_path_factory.mktemp("thrown_out"), telegram).start()
+        telegram.write("after the other bot", thread=7)
+        yield bot, telegram
+        bot.close()
+
+
+def times_said(telegram, text):
+    return len(telegram.find(None, containing=text))
+
+
+def wait_state(bot, state, count=1):
+    """Wait until so many messages are in this state of the journal."""
+    query = "SELECT count(*) AS n FROM inbox WHERE state = ?"
+    wait_until(lambda: bot.database(query, state)[0]["n"] == count, 10,
+               lambda: f"{count} {state}: {bot.database('SELECT * FROM inbox')}")
+
+
+def test_the_bot_that_is_thrown_out_backs_off_from_now_on(thrown_out):
+    bot, telegram = thrown_out
+    assert bot.running()
+
+
+def test_an_outage_delays_messages_and_loses_none(telegram, hasty):
+    bot = hasty().start()
+    telegram.write("!wait gate\n!say first", thread=7)
+    bot.wait_prompt("first")
+    telegram.outage()
+    bot.open_gate("gate")
+    telegram.write("!say second", thread=7)
+    telegram.write("!say third", thread=8)
+    wait_state(bot, "answered")
+    time.sleep(1)
+    telegram.end_outage()
+    for text, thread in (("first", 7), ("second", 7), ("third", 8)):
+        telegram.answer(text, thread=thread)
+    assert telegram.texts(7) == ["first", "second"] and telegram.texts(8) == ["third"]
+    assert len(bot.prompts()) == 3
+
+
+def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, hasty):
+    bot = hasty().start()
+    for method in ("getUpdates", "sendMessageDraft", "sendMessage", "sendRichMessage"):
+        telegram.fault(method, drop="before")
+        telegram.fault(method, status=502, html=True)
+        telegram.fault(method, status=500)
+    telegram.fault("getUpdates", drop="after")
+    telegram.write("!say plain", thread=7)
+    telegram.answer("plain", thread=7)
+    telegram.write("!say **rich**", thread=7)
+    assert telegram.answer("rich", thread=7).method == "sendRichMessage"
+    assert (times_said(telegram, "plain"), times_said(telegram, "rich"), len(bot.prompts())) == (1, 1, 2)
+
+
+def test_a_429_silences_its_chat_alone_and_the_answer_goes_first(telegram, bot):
+    limited = telegram.fault("sendMessageDraft", status=429, retry_after=1, when=lambda call: call.params["chat_id"] == ALICE["id"])
+    telegram.write("!chunks 20 30 0.01\n!say the end", thread=7)
+    telegram.wait_until(lambda: limited.hits, what="the 429")
+    closed = telegram.find(DRAFT, ok=False)[0]
+    telegram.write("!say other topic", thread=8)
+    telegram.write("!say other chat", user=BOB)
+    telegram.answer("other chat", user=BOB, timeout=0.9)
+    telegram.answer("the end", thread=7)
+    telegram.answer("other topic", thread=8)
+    later = [call for call in telegram.calls[closed.number + 1:] if call.params.get("chat_id") == ALICE["id"]]
+    assert later[0].time - closed.time >= 1
+    assert {call.method for call in later[:2]} == {"sendMessage"}
+
+
+def test_a_429_is_no_refusal_of_the_format(telegram, hasty):
+    hasty().start()
+    telegram.fault("sendRichMessage", status=429, retry_after=1)
+    telegram.fault("sendRichMessage", status=429)
+    telegram.fault("sendMessage", status=429)
+    telegram.write("!say **rich**", thread=7)
+    answer = telegram.answer("rich", thread=7)
+    first, second, _ = telegram.find("sendRichMessage", ok=None)
+    assert answer.method == "sendRichMessage" and second.time - first.time >= 1 and answer.time - second.time >= 0.3
+    telegram.write("!say plain", thread=7)
+    telegram.answer("plain", thread=7)
+    assert telegram.texts() == ["**rich**", "plain"]
+
+
+def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(telegram, hasty):
+    telegram.fault("getUpdates", status=429, retry_after=1)
+    telegram.fault("getUpdates", status=429)
+    hasty().start()
+    telegram.write("!say hello", thread=7)
+    telegram.answer("hello", thread=7)
+    first, second, third = telegram.find("getUpdates", ok=None)[:3]
+    assert second.time - first.time >= 1 and third.time - second.time >= 0.3
+
+
+def test_what_telegram_refuses_as_rich_goes_plain(telegram, start):
+    start()
+    telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_WHATEVER")
+    telegram.fault("sendRichMessage", status=404, description="Not Found: method not found")
+    for text in ("**refused**", "**unknown**", "**known to be unknown**"):
+        telegram.write(f"!say {text}", thread=7)
+        assert telegram.answer(text, thread=7).method == "sendMessage"
+    assert len(telegram.find("sendRichMessage", ok=None)) == 2
+
+
+def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the_topic(telegram, start):
+    """A refusal that nobody has foreseen, such as that of a topic that was closed."""
+    bot = start()
+    refused = telegram.fault("sendMessage", status=400, description="Bad Request: TOPIC_CLOSED", times=None)
+    telegram.write("!say hello", thread=7)
+    wait_until(lambda: refused.hits, 5)
+    bot.restart()
+    hits = refused.hits
+    time.sleep(0.5)
+    assert refused.hits - hits < 10
+    refused.end()
+    telegram.write("!say again", thread=7)
+    telegram.answer("again", thread=7)
+
+
+def test_the_answer_to_a_deleted_topic_goes_to_the_chat_and_says_so(telegram, bot):
+    telegram.write("!wait gate\n!say the answer", thread=7)
+    bot.wait_prompt("the answer")
+    telegram.delete_topic(7)
+    bot.open_gate("gate")
+    telegram.answer("the answer", thread=None)
+    notice, answer = telegram.find(None)
+    assert "topic is gone" in notice.text and notice.thread is None
+    telegram.write("!say elsewhere", thread=8)
+    telegram.answer("elsewhere", thread=8)
+
+
+def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
+    chat = telegram.open_topic(7)
+    good = {"message_id": 9, "from": ALICE, "chat": chat, "date": 1, "text": "!say bad"}
+    message = {"message_thread_id": 7, "is_topic_message": True, **good}
+    bad_messages = [{"from": None}, {"from": []}, {"from": "x"}, {"chat": None}, {"chat": []}, {"date": None, "entities": 17},
+                    {"message_id": {}}, {"message_id": 2**70}, {"message_thread_id": []}, {"text": {}},
+                    {"text": "!say \ud83d"}, {"reply_to_message": {}}, {"forward_origin": {"type": "new"}}]
+    with telegram.batch_of_updates():
+        for change in bad_messages:
+            telegram.deliver(message={**message, **change})
+            telegram.deliver(edited_message={**message, **change})
+            telegram.deliver(callback_query={"id": "1", "from": ALICE, "message": {**message, **change}, "data": "x"})
+        for content in ({}, {"message": None}, {"message": []}, {"callback_query": {}}, {"new_kind": {}},
+                        {"message": {key: value for key, value in message.items() if key not in ("from", "date")}}):
+            telegram.deliver(**content)
+        last = telegram.write("!say good", thread=7)
+    telegram.answer("good", thread=7, timeout=3)
+    telegram.wait_until(lambda: telegram.is_acknowledged(last))
+    telegram.answer("couldn't read", user=ALICE)
+
+
+def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, bot):
+    telegram.write("!say begun\n!silence", thread=7)
+    draft = telegram.wait_for(DRAFT, containing="begun")
+    telegram.deliver(stopped_message_generation={
+        "chat": telegram.chats[ALICE["id"]], "message_thread_id": 7, "draft_id": draft.params["draft_id"], "reason": "new"})
+    telegram.answer("Stopped", thread=7, timeout=3)
+
+
+def test_what_is_delivered_again_is_not_answered_again(telegram, bot):
+    message = telegram.write("!say once", thread=7)
+    telegram.answer("once", thread=7)
+    wait_state(bot, "done")
+    telegram.redeliver(message)
+    bot.restart()
+    telegram.redeliver(message)
+    telegram.write("!say later", thread=7)
+    telegram.answer("later", thread=7)
+    assert len(bot.prompts()) == 2 and times_said(telegram, "once") == 1
+
+
+def test_a_hundred_messages_at_once_are_all_answered_in_their_order(telegram, bot):
+    with telegram.batch_of_updates():
+        for number in range(120):
+            telegram.write(f"!say <{number}>", thread=number % 5 + 1)
+    for thread in range(1, 6):
+        own = [f"<{number}>" for number in range(thread - 1, 120, 5)]
+        telegram.wait_until(lambda: re.findall("<[0-9]+>", "".join(telegram.texts(thread))) == own, what=f"topic {thread}")
+    asked = re.findall("<[0-9]+>", "".join(bot.prompts()))
+    assert sorted(asked) == sorted(f"<{number}>" for number in range(120))
+
+
+def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, hasty):
+    hasty().start()
+    telegram.fault("sendMessage", drop="after")
+    telegram.write("!say cut off", thread=7)
+    telegram.answer("cut off", thread=7, count=2)
+    telegram.fault("sendMessage", hang=3)
+    telegram.write("!say too late", thread=7)
+    telegram.answer("too late", thread=7, count=2)
+    telegram.write("!say next", thread=7)
+    telegram.answer("next", thread=7)
+    assert telegram.texts() == ["cut off"] * 2 + ["too late"] * 2 + ["next"]
+
+
+def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, hasty):
+    bot = hasty()
+    telegram.fault("getUpdates", status=409, times=3)
+    bot.start()
+    telegram.write("!say hello", thread=7)
+    telegram.answer("hello", thread=7)
+    telegram.fault("getUpdates", status=409, times=None)
+    telegram.write("!say last", thread=7)
+    assert bot.ended() == 1
+    assert "only one bot instance" in bot.log().splitlines()[-2]
+
+
+def test_a_webhook_is_removed_and_one_that_comes_back_ends_the_bot(telegram, make_bot):
+    webhook = "Conflict: can't use getUpdates method while webhook is active; use deleteWebhook to delete the webhook first"
+    telegram.fault("getUpdates", status=409, description=webhook, times=2)
+    bot = make_bot().start()
+    telegram.write("!say hello", thread=7)
+    telegram.answer("hello", thread=7)
+    assert len(telegram.find("deleteWebhook")) == 2
+    telegram.fault("getUpdates", status=409, description=webhook, times=None)
+    telegram.write("!say more", thread=7)
+    assert bot.ended() == 1
+
+
+def test_a_token_that_is_revoked_ends_the_bot(telegram, bot):
+    telegram.fault("getUpdates", status=401, times=None)
+    telegram.write("!say hello", thread=7)
+    assert bot.ended() == 1
+    assert "BOT_TOKEN" in bot.log() and "BotFather" in bot.log()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: the bot's side
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_turn_had_begun_is_handled_at_the_next_start(telegram, bot):
+    bot.habits(new={"gate": "never"})
+    messages = [telegram.write(f"!say {text}", thread=thread) for text, thread in (("one", 7), ("two", 7), ("three", None))]
+    telegram.wait_until(lambda: all(map(telegram.is_acknowledged, messages)))
+    for _ in range(3):
+        bot.kill()
+        bot.start()
+    assert telegram.texts() == [] and bot.prompts() == []
+    bot.habits()
+    bot.kill()
+    bot.start()
+    for text, thread in (("one", 7), ("two", 7), ("three", None)):
+        telegram.answer(text, thread=thread)
+    assert "".join(bot.prompts()).count("!say") == 3
+
+
+def test_of_an_answer_only_the_missing_parts_are_sent(telegram, bot):
+    bot.control_file("long", "".join(f"line {number}\n" for number in range(1500)))
+    unreachable = telegram.fault("sendMessage", status=500, times=None, when=lambda call: "line 700\n" in call.text)
+    telegram.write("!recite long 5000", thread=7)
+    for _ in range(3):
+        telegram.wait_until(lambda: unreachable.hits, what="the part that fails")
+        bot.kill()
+        unreachable.hits = 0
+        bot.start()
+    unreachable.end()
+    telegram.answer("line 1499", thread=7)
+    assert "\n".join(telegram.texts()).split("\n") == [f"line {number}" for number in range(1500)]
+    assert len(bot.prompts()) == 1
+    wait_state(bot, "done")
+
+
+def test_what_was_cut_off_is_offered_and_only_once_run_again(telegram, bot):
+    telegram.write("!wait never\n!say ask me again", thread=7)
+    telegram.write("!wait never\n!say drop me", thread=8)
+    telegram.write("!wait never\n!say no topic", thread=9)
+    for text in ("ask me again", "drop me", "no topic"):
+        bot.wait_prompt(text)
+    bot.kill()
+    telegram.delete_topic(9)
+    bot.start()
+    again, drop = telegram.answer("I was interrupted", thread=7), telegram.answer("drop me", thread=8)
+    lonely = telegram.answer("no topic", thread=None)
+    wait_state(bot, "offered", 3)
+    for _ in range(2):
+        bot.kill()
+        bot.restart()
+    assert times_said(telegram, "I was interrupted") == 3 and len(bot.prompts()) == 3
+    bot.open_gate("never")
+    data = telegram.find_button(again, "Ask")["callback_data"]
+    with telegram.batch_of_updates():
+        for message, button in ((again, "Ask"), (again, "Ask"), (drop, "Drop"), (lonely, "Ask")):
+            telegram.press(message, button)
+    telegram.wait_until(lambda: telegram.texts(7)[1:] == ["ask me again"] and telegram.texts(None)[-1] == "no topic", what="the answers")
+    wait_state(bot, "done", 3)
+    bot.kill()
+    bot.start()
+    telegram.press(again, data=data)
+    telegram.press(drop, data=data[:-1] + "2")
+    telegram.wait_for("answerCallbackQuery", count=6)
+    assert len(bot.prompts()) == 5 and len(telegram.texts(7)) == 2 and len(telegram.texts(8)) == 1
+    assert not any(telegram.buttons(message) for message in (again, drop, lonely))
+
+
+def test_a_button_may_be_pressed_as_soon_as_it_is_there(telegram, bot):
+    bot.habits(prompt={"exit": 1, "times": 2})
+    telegram.fault("sendMessage", hang=0.3)  # the bot does not know yet that it is there
+    telegram.write("!say at last", thread=7)
+    telegram.press(telegram.answer("exited", thread=7), "Ask again")
+    telegram.answer("at last", thread=7)
+
+
+def test_a_card_that_could_not_be_sent_comes_once_it_can(telegram, bot):
+    telegram.write("!silence\n!say cut off", thread=7)
+    bot.wait_prompt("cut off")
+    unreachable = telegram.fault("sendMessage", status=500, times=None)
+    for _ in range(3):
+        bot.kill()
+        bot.start()
+    unreachable.end()
+    telegram.answer("I was interrupted", thread=7)
+    wait_state(bot, "offered")
+    assert times_said(telegram, "I was interrupted") == 1
+
+
+def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
+    telegram.write("!say the first half\n!silence", thread=7)
+    telegram.wait_for(DRAFT, containing="the first half")
+    waits = telegram.write("!say waiting", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(waits))
+    assert bot.stop() < 2.5
+    bot.start()
+    telegram.answer("waiting", thread=7)
+    assert telegram.texts(7)[0] == "the first half"
+    assert "I was interrupted" in telegram.texts(7)[1]
+    assert len(telegram.texts(7)) == 3 and len(bot.prompts()) == 2
+
+
+def test_an_orderly_stop_waits_for_the_confirmation_of_what_was_sent(telegram, bot):
+    telegram.write("!say sent", thread=7)
+    telegram.fault("sendMessage", hang=0.5)
+    telegram.answer("sent", thread=7)
+    bot.restart()
+    telegram.write("!say next", thread=7)
+    telegram.answer("next", thread=7)
+    assert telegram.texts(7) == ["sent", "next"]
+
+
+def test_kiro_ends_when_the_bot_dies(telegram, bot):
+    telegram.write("hello", thread=7)
+    telegram.answer("hello", thread=7)
+    telegram.write("!silence", thread=8)
+    bot.wait_prompt("!silence")
+    bot.wait_agents(2)
+    bot.kill()
+    bot.wait_agents(0, timeout=3)
+
+
+def test_a_second_bot_in_the_folder_says_so_and_exits(telegram, bot):
+    second = bot.run()
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1 and "Another bot is running" in second.stderr
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    assert len(telegram.find("getMe")) == 1
+
+
+@contextlib.contextmanager
+def full_disk(bot):
+    """The bot can't write a byte more, its children excepted that are there already."""
+    limits = resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE, limits)
+
+
+def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram, hasty):
+    bot = hasty().start()
+    telegram.write("!wait gate\n!say finished", thread=7)
+    bot.wait_prompt("finished")
+    with full_disk(bot):
+        late = telegram.write("!say not stored", thread=8)
+        telegram.answer("can't store", thread=8)
+        bot.open_gate("gate")
+        telegram.answer("finished", thread=7, timeout=3)
+        assert not telegram.is_acknowledged(late) and times_said(telegram, "can't store") == 1
+    telegram.answer("not stored", thread=8)
+    assert times_said(telegram, "finished") == 1 and len(bot.prompts()) == 2
+
+
+def test_what_failed_on_a_full_disk_can_be_asked_again(telegram, hasty):
+    bot = hasty().start()
+    telegram.write("!wait gate\n!error -32603 no space left", thread=7)
+    bot.wait_prompt("no space left")
+    with full_disk(bot):
+        bot.open_gate("gate")
+        failed = telegram.answer("no space left", thread=7)
+    telegram.press(failed, "Ask again")
+    telegram.answer("no space left", thread=7, count=2, timeout=3)
+
+
+def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, hasty):
+    bot = hasty().start()
+    telegram.write("!silence\n!say cut off", thread=7)
+    bot.wait_prompt("cut off")
+    bot.kill()
+    telegram.fault("getMe", hang=0.3)
+    bot.start(wait=False)
+    telegram.wait_for("getMe", ok=None, count=2)
+    with full_disk(bot):
+        before = bot.cpu()
+        time.sleep(1.3)
+        assert bot.cpu() - before < 0.5
+    telegram.answer("I was interrupted", thread=7)
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_bot):
+    bot = make_bot()
+    result = bot.run(WORKSPACE_BASE_PATH="/proc/no-such")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "WORKSPACE_BASE_PATH" in result.stderr
+    environment = {**bot.environment(), **bot.settings, "WORKSPACE_BASE_PATH": str(bot.folder / "workspaces")}
+    result = subprocess.run(bot.command(), cwd=f"/proc/{os.getpid()}", env=environment, capture_output=True, text=True, timeout=10)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "tg-acp.db can't be used" in result.stderr
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4 this is an archive" * 500, b"short", b"SQLite format 3\0" + b"\0\1" * 4000])
+def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
+    bot = make_bot()
+    (bot.folder / "tg-acp.db").write_bytes(content)
+    result = bot.run()
+    assert result.returncode == 1 and "tg-acp.db can't be used" in result.stderr.splitlines()[-1]
+    assert (bot.folder / "tg-acp.db").read_bytes() == content
+    assert [path.name for path in bot.folder.glob("tg-acp.db*")] == ["tg-acp.db"]
+
+
+BAD_SETTINGS = [
+    ("BOT_TOKEN", ""), ("BOT_TOKEN", "hello"), ("BOT_TOKEN", "1:a b"), ("ALLOWED_TELEGRAM_IDS", "@alice"),
+    ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("KIRO_COMMAND", 'kiro "acp'), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
+    ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "1.5"), ("MAX_PROCESSES", "nan"), ("WARM_SECONDS", "-1"), ("WARM_SECONDS", "inf"),
+    ("TOOL_APPROVAL", "maybe"), ("SILENCE_SECONDS", "0"), ("RICH_MESSAGES", "2"), ("LOG_LEVEL", "loud"),
+    ("TELEGRAM_API_URL", "api.telegram.org"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
+
+
+def said_by(process):
+    """What a bot said before it ended, but for what it found."""
+    try:
+        return [line for line in process.communicate(timeout=5)[1].splitlines() if " INFO " not in line]
+    except subprocess.TimeoutExpired:
+        raise AssertionError("the bot runs with such a setting") from None
+
+
+def test_a_bad_setting_is_one_line_that_names_it(make_bot):
+    def attempt(number, name, value):
+        bot = make_bot(f"bad{number}", **{name: value})
+        bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(), stderr=subprocess.PIPE, text=True)
+        return bot.process
+    attempts = [(name, value, attempt(number, name, value)) for number, (name, value) in enumerate(BAD_SETTINGS)]
+    for name, value, process in attempts:
+        said = said_by(process)
+        assert (process.returncode, len(said)) == (2, 1) and name in said[0], (name, value, said)
+
+
+def test_a_line_of_the_settings_that_cannot_be_read_is_told(make_bot):
+    bot = make_bot(ALLOWED_TELEGRAM_IDS='"1001')
+    bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(), stderr=subprocess.PIPE, text=True)
+    said = said_by(bot.process)
+    assert bot.process.returncode == 2 and len(said) == 1 and ".env" in said[0], said
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: security
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
+    secret = telegram.write("!tool execute Running: make\n!ask\n!say done", thread=7)
+    question = telegram.answer("Kiro asks", thread=7)
+    draft = telegram.drafts(7)[0]
+    before = telegram.mark()
+    mallorys = telegram.write("let me in", user=MALLORY)
+    telegram.write("/status", user=MALLORY, thread=7)
+    telegram.edit(mallorys, "please")
+    telegram.send_file("document", b"virus", name="virus", user=MALLORY)
+    telegram.write("!say to the group", chat=GROUP)
+    telegram.write("/status", chat=GROUP, thread=3)
+    telegram.press(question, user=MALLORY)
+    telegram.press(question, user=BOB)
+    telegram.deliver(callback_query={"id": "1", "from": ALICE, "chat_instance": "1", "inline_message_id": "1",
+                                     "data": telegram.buttons(question)[0]["callback_data"]})
+    telegram.deliver(callback_query={"id": "2", "from": ALICE, "chat_instance": "1", "data": telegram.buttons(question)[0]["callback_data"],
+                                     "message": {**telegram.current(question), "chat": GROUP}})
+    for chat in (GROUP, {"id": MALLORY["id"], "type": "private"}, {**GROUP, "id": ALICE["id"]}):
+        telegram.deliver(stopped_message_generation={**secret, "chat": chat, "draft_id": draft.params["draft_id"]})
+    telegram.write("!say through", user=BOB)
+    telegram.answer("through", user=BOB)
+    told = [call for call in telegram.find(None, after=before) if call.params["chat_id"] != BOB["id"]]
+    assert [call.params["chat_id"] for call in told] == [MALLORY["id"]] and str(MALLORY["id"]) in told[0].text
+    assert not telegram.find(("getFile", "download", "answerCallbackQuery", "editMessageText"), ok=None, after=before)
+    assert telegram.buttons(question) and not list(bot.folder.glob(f"workspaces/{MALLORY['id']}"))
+    telegram.press(question, "Yes")
+    telegram.answer("allow_once", thread=7)
+
+
+FORGED = ["", "x", "again", "again:", "again:0", "again:-1", "again:1e3", "again:99999999999999999999", "again:１", "again:1\n", "again:1:1",
+          "drop:", "drop:1 OR 1=1", "ask:0123456789abcdef:0", "ask:0123456789abcdef:99", "ask::", "ask:" + "f" * 60,
+          "model:0:0123456789abcdef", "model:999999999999999999:0123456789abcdef", "model:7:x", "ask:0123456789abcdef:0\0", "🙂" * 16]
+
+
+def test_presses_that_were_forged_do_nothing(telegram, bot):
+    bot.habits(prompt={"exit": 1, "times": 2})
+    telegram.write("!say bob's", user=BOB)
+    card = telegram.answer("exited", user=BOB)
+    wait_state(bot, "offered")
+    turn = telegram.find_button(card, "Ask")["callback_data"].partition(":")[2]
+    telegram.write("!say alice's", thread=7)
+    answer = telegram.answer("alice's", thread=7)
+    wait_state(bot, "done")
+    before = bot.database("SELECT * FROM inbox"), bot.database(), telegram.current(answer)
+    for data in [*FORGED, f"again:{turn}", f"drop:{turn}"]:
+        telegram.press(answer, data=data)
+    telegram.press(answer, data="model:7:0")
+    telegram.write("!say after", thread=8)
+    telegram.answer("after", thread=8)
+    assert (bot.database("SELECT * FROM inbox LIMIT 2"), bot.database("SELECT * FROM sessions LIMIT 2"), telegram.current(answer)) == before
+    telegram.press(card, "Ask", user=BOB)
+    telegram.answer("bob's", user=BOB)
+
+
+def test_the_token_is_nowhere(telegram, hasty):
+    bot, secret = hasty(LOG_LEVEL="DEBUG", BOT_TOKEN=None), TOKEN.partition(":")[2]
+    own = bot.environment()
+    bot.environment = lambda: {**own, "BOT_TOKEN": TOKEN, "COPY": f"the token is {TOKEN}"}
+    bot.start()
+    telegram.fault("download", drop="before")
+    telegram.send_file("document", b"data", name="data.txt", caption="!junk\n!say with a file", thread=7)
+    telegram.answer("with a file", thread=7)
+    for fault in ({"drop": "before"}, {"status": 502, "html": True}, {"status": 500, "description": f"/bot{TOKEN}/x"}):
+        telegram.fault("sendMessage", **fault)
+        telegram.fault("getUpdates", **fault)
+    telegram.write("/status", thread=7)
+    telegram.answer("Session", thread=7)
+    telegram.outage()
+    bot.wait_log("can't be polled: ConnectionError")
+    telegram.end_outage()
+    telegram.write("!exit 3", thread=8)
+    telegram.answer("exited", thread=8)
+    starts = bot.wire("start")
+    assert starts and all("environment" in entry["frame"] and secret not in json.dumps(entry) for entry in starts)
+    assert " DEBUG " in bot.log() and secret not in bot.log()
+    assert not [call for call in telegram.calls if secret in call.text]
+    assert not [path for path in bot.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_what_others_should_not_read_they_cannot(telegram, make_bot):
+    bot = make_bot()
+    (bot.folder / ".env").chmod(0o644)
+    sqlite3.connect(bot.folder / "tg-acp.db").close()
+    (bot.folder / "tg-acp.db").chmod(0o666)
+    bot.start()
+    telegram.send_file("document", b"data", name="data.txt", caption="!file made.txt x\n!say done", thread=7)
+    telegram.answer("done", thread=7)
+    open_to_others = [f"{path} {oct(path.stat().st_mode)}" for path in bot.folder.rglob("*") if path.stat().st_mode & 0o077]
+    assert not open_to_others and (bot.workspace(7) / "uploads").is_dir()
+
+
+def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
+    bot, telegram = thrown_out
+    assert bot.running()
+    first, *later = telegram.find("getUpdates", ok=None)
+    if time.monotonic() - first.time < 35:
+        assert not later
+    else:
+        telegram.answer("after the other bot", thread=7)
+        assert later[0].time - first.time >= 35
+
+
+def test_fivefold_kill_loses_nothing_and_runs_nothing_twice(telegram, make_bot):
+    figures = Soak(make_bot(WARM_SECONDS=3), telegram, random.Random()).run(5)
+    assert (figures["lost"], figures["run twice"], figures["answered and offered"]) == (0, 0, 0), figures
+    assert figures["offered without a card"] == 0, figures
+    assert figures["parts sent twice"] == figures["of these with their confirmation cut off"], figures
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: files that come in
+# ---------------------------------------------------------------------------------------------------------
+
+
+def uploads(bot, thread=7):
+    """Name and content of what was saved in the thread's workspace."""
+    folder = bot.workspace(thread) / "uploads"
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def wait_uploads(bot, count, thread=7):
+    """Wait until Kiro has named so many files in its answers; returns what was saved."""
+    bot.telegram.wait_until(lambda: sum(text.count("File: ") for text in bot.telegram.texts(thread)) >= count, what=f"{count} files")
+    return uploads(bot, thread)
+
+
+def image_blocks_of(prompt):
+    return [block for block in prompt["frame"]["params"]["prompt"] if block["type"] == "image"]
+
+
+def patched_kiro(folder, code):
+    """A KIRO_COMMAND for the stand-in with a change in it; `code` sees the module as `k`."""
+    (folder / "agent.py").write_text(f"import test_sessions as k\n{code}\nk.Agent().run()\n")
+    return shlex.join([sys.executable, str(folder / "agent.py")])
+
+
+def test_files_of_every_kind_are_saved_and_named(telegram, bot):
+    kinds = ["document", "audio", "voice", "video", "video_note", "animation", "sticker"]
+    with telegram.batch_of_updates():
+        for kind in kinds:
+            telegram.send_file(kind, kind.encode(), caption=f"my {kind}", thread=7)
+        telegram.send_file("photo", b"photo", sizes=((90, 60), (1280, 960), (2560, 1920)), thread=7)
+    saved = wait_uploads(bot, 8)
+    assert sorted(saved.values()) == sorted(kind.encode() for kind in kinds + ["photo"])
+    prompts = "\n".join(bot.prompts())
+    assert all(f"[File: {bot.workspace(7)}/uploads/{name}]" in prompts for name in saved)
+    assert all(f"my {kind}\n" in prompts for kind in kinds)
+    assert [c.params["file_id"][:14] for c in telegram.find("getFile") if "photo" in c.params["file_id"]] == ["photo-1280x960-"[:14]]
+
+
+def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
+    fits = [png(), png() + bytes(3_600_000), png() + bytes(3_600_001), png()]
+    pictures = [png() + bytes(3_700_000), *fits[:3], png() + bytes(3_600_002), fits[3], b"no image"]
+    telegram.album(*({"kind": "photo", "data": data} for data in pictures), caption="compare", thread=7)
+    prompt = bot.wait_prompt("compare", timeout=20)
+    assert [len(block["data"]) for block in image_blocks_of(prompt)] == [len(base64_of(data)) for data in fits]
+    assert sorted(uploads(bot).values()) == sorted(pictures)
+    bot.habits(image=False)
+    telegram.send_file("photo", png(), thread=8, caption="for the blind")
+    assert not image_blocks_of(bot.wait_prompt("for the blind"))
+    assert list(uploads(bot, 8).values()) == [png()]
+
+
+def base64_of(data):
+    """What the record keeps of the base64 of `data`."""
+    import base64
+    return shortened(base64.b64encode(data).decode())
+
+
+HOSTILE_NAMES = ["../../../etc/passwd", "..", "/etc/passwd", "C:\\windows\\a.exe", ".bashrc", "-rf", "-.hidden.txt", " ", "a\nb\r\t.txt",
+                 "nul\0.txt", "annex\u202egpj.exe", "line\u2028end", "a" * 300 + ".txt", "é" * 200, "x." + "y" * 300, "same.txt",
+                 "same.txt", 'q"uo;t\'e$(x)`.txt', "uploads/../x", "~", "😀.tar.gz", "​.txt"]
+
+
+def test_hostile_file_names_are_made_harmless(telegram, bot):
+    bot.workspace(7).joinpath("uploads").mkdir(parents=True)
+    bot.workspace(7).joinpath("uploads", "same.txt").write_bytes(b"older")
+    with telegram.batch_of_updates():
+        for number, name in enumerate(HOSTILE_NAMES):
+            telegram.send_file("document", b"%d" % number, name=name, thread=7)
+    saved = wait_uploads(bot, len(HOSTILE_NAMES))
+    assert sorted(saved.values()) == sorted([b"older"] + [b"%d" % number for number in range(len(HOSTILE_NAMES))])
+    assert saved["same.txt"] == b"older"
+    for name in saved:
+        assert not name.startswith((".", "-", " ")) and len(name.encode()) <= 110, name
+        assert name.isprintable() and not set(name) & set('/\\;"'), name
+    assert len(list(bot.workspace(7).rglob("*"))) == len(saved) + 1
+    assert all(c.isprintable() or c == "\n" for prompt in bot.prompts() for c in prompt)
+
+
+def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
+    telegram.fault("download", status=500, when=lambda call: "voice" in call.params["path"])
+    telegram.fault("download", drop="before", when=lambda call: "audio" in call.params["path"])
+    with telegram.batch_of_updates():
+        telegram.send_file("document", name="huge.iso", size=21 * MEGABYTE, thread=7)
+        telegram.files[telegram.send_file("video", name="gone.mp4", thread=7)["video"]["file_id"]] = ("nowhere", b"", 1)
+        telegram.files.pop(telegram.send_file("document", name="unknown.txt", thread=7)["document"]["file_id"])
+        telegram.send_file("voice", thread=7)
+        telegram.send_file("audio", name="song.mp3", thread=7)
+        telegram.files["nowhere"] = ("other", b"", 1)
+        telegram.send_file("document", b"good", name="good.txt", caption="look", thread=7)
+    prompt = "\n".join(block.get("text", "") for block in bot.wait_prompt("good.txt]")["frame"]["params"]["prompt"])
+    answer = telegram.answer("I could not get", thread=7)
+    for name in ("huge.iso", "unknown.txt", "voice_", "song.mp3"):
+        assert name in answer.text and f"had: {name}" in prompt
+    assert "20 MB" in answer.text or "too big" in answer.text
+    assert "look\n[File: " in prompt and b"good" in uploads(bot).values()
+    telegram.answer("echo: ", thread=7)
+
+
+def test_a_local_server_has_no_limit(telegram, bot, tmp_path):
+    telegram.local = tmp_path
+    telegram.send_file("document", b"really large", name="huge.iso", size=21 * MEGABYTE, thread=7)
+    assert wait_uploads(bot, 1) == {"huge.iso": b"really large"}
+
+
+def test_a_download_that_was_cut_off_is_done_again(telegram, bot):
+    fault = telegram.fault("download", hang=60)
+    telegram.send_file("document", b"precious", name="a.txt", caption="read this", thread=7)
+    telegram.wait_for("download", ok=None)
+    bot.kill()
+    fault.end()
+    bot.start()
+    bot.wait_prompt("read this")
+    assert uploads(bot) == {"a.txt": b"precious"}
+    telegram.answer("echo: read this", thread=7)
+
+
+def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
+    fault = telegram.fault("download", hang=60)
+    telegram.send_file("document", b"slow", name="a.txt", thread=7)
+    telegram.wait_for("download", ok=None)
+    telegram.write("/stop", thread=7)
+    telegram.answer("Stopped", thread=7, timeout=3)
+    fault.end()
+    wait_until(lambda: not uploads(bot), what="the end of the download")
+    assert not bot.prompts()
+
+
+def test_a_disk_that_takes_no_file_is_said(telegram, bot, tmp_path):
+    for thread in (7, 8):
+        bot.workspace(thread).mkdir(parents=True)
+    bot.workspace(7).joinpath("uploads").write_text("in the way")
+    bot.workspace(8).joinpath("uploads").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    for thread in (7, 8):
+        telegram.send_file("document", name="a.txt", caption="hello", thread=thread)
+        assert "a.txt: " in telegram.answer("I could not get", thread=thread).text
+        telegram.answer("echo: hello", thread=thread)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_cannot_be_passed_on_is_said_and_service_messages_are_none(telegram, bot):
+    place = {"latitude": 1.5, "longitude": 2.5}
+    sticker = {"type": "regular", "width": 1, "height": 1, "is_animated": False, "is_video": True}
+    option = {"text": "yes", "voter_count": 0, "persistent_id": "1"}
+    poll = {"id": "1", "question": "?", "options": [option], "total_voter_count": 0, "is_closed": False, "is_anonymous": True,
+            "type": "regular", "allows_multiple_answers": False}
+    others = [{"location": place}, {"venue": {"location": place, "title": "x", "address": "y"}, "location": place},
+              {"contact": {"phone_number": "1", "first_name": "x"}}, {"dice": {"emoji": "🎲", "value": 3}},
+              {"sticker": telegram.new_file("sticker", b"x", **sticker)}, {"poll": poll}, {"hologram": {"size": 3}}]
+    services = [{"forum_topic_created": {"name": "x", "icon_color": 1}}, {"forum_topic_edited": {"name": "y"}}, {"forum_topic_closed": {}},
+                {"delete_chat_photo": True}, {"message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}]
+    for content in services + others:
+        telegram.post(thread=7, **content)
+    telegram.wait_for(None, containing="I can't pass on this", thread=7, count=len(others))
+    telegram.write("text", thread=7)
+    telegram.answer("echo: text", thread=7)
+    assert len(telegram.texts()) == len(others) + 1
+    assert len(bot.prompts()) == 1
+
+
+def test_a_rich_message_is_read(telegram, bot):
+    text = ["plain, ", {"type": "bold", "text": "bold"}, " and ", {"type": "italic", "text": ["nested"]}]
+    telegram.post(thread=7, rich_message={"blocks": [{"type": "paragraph", "text": text}, {"type": "paragraph", "text": "the end"}]})
+    telegram.answer("echo: plain, bold and nested\nthe end", thread=7)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: what belongs together, quotes, forwards, edits
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_albums_and_split_texts_are_one_prompt(telegram, bot):
+    telegram.album(*({"kind": "document", "data": b"%d" % n, "name": f"{n}.txt"} for n in range(3)), caption="three", thread=7)
+    telegram.write("a" * 4096, thread=8)
+    telegram.write("b" * 100, thread=8)
+    together = wait_until(lambda: len(bot.prompts()) == 2 and sorted(bot.prompts()))
+    assert "a" * 1900 in together[0] or "aaa" in together[0]
+    assert [together[1].count(name) for name in ("three", "0.txt", "1.txt", "2.txt")] == [1, 1, 1, 1]
+    telegram.answer("b" * 100, thread=8)
+    assert len(bot.wire("in", "session/prompt")) == 2
+
+
+def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
+    first = telegram.write("first", thread=7)
+    answer = telegram.answer("echo: first", thread=7)
+    topic = {"message_id": 7, "from": ALICE, "chat": first["chat"], "date": 1, "forum_topic_created": {"name": "topic", "icon_color": 1}}
+    channel = {"type": "channel", "date": 1, "chat": {"id": -1, "type": "channel", "title": "News"}, "message_id": 3}
+    hidden = {"type": "hidden_user", "date": 1, "sender_user_name": "Carol C."}
+    with telegram.batch_of_updates():
+        telegram.write("reply?", thread=7, reply_to=first)
+        telegram.write("to the bot?", thread=7, reply_to=answer)
+        telegram.write("quote?", thread=7, reply_to=answer, quote="a part\nof it")
+        telegram.write("implicit?", thread=7, reply_to=topic)
+        telegram.write("from Bob", thread=7, forward_origin={"type": "user", "date": 1, "sender_user": BOB})
+        telegram.write("from Carol", thread=7, forward_origin=hidden)
+        telegram.write("from a channel", thread=7, forward_origin=channel)
+        telegram.send_file("document", name="a.txt", caption="with a file", forward_origin=hidden, thread=7)
+    bot.wait_prompt("with a file")
+    prompt = "\n\n" + "\n\n".join(bot.prompts())
+    for said in ("> first\n\nreply?", "> echo: first\n\nto the bot?", "> a part\n> of it\n\nquote?", "[Forwarded from Bob]\nfrom Bob",
+                 "[Forwarded from Carol C.]\nfrom Carol", "[Forwarded from News]\nfrom a channel",
+                 "[Forwarded from Carol C.]\nwith a file\n[File: "):
+        assert f"\n\n{said}" in prompt
+    assert "\n\nimplicit?" in prompt and "topic" not in prompt.partition("implicit?")[0].rpartition("quote?")[2]
+
+
+def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(telegram, bot):
+    running = telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    waiting = telegram.write("wrong words", thread=7)
+    picture = telegram.send_file("photo", png(), caption="wrong caption", thread=7)
+    telegram.wait_for("setMessageReaction")
+    telegram.edit(waiting, "right words")
+    telegram.edit(picture, "right caption")
+    telegram.edit(running, "!wait another")
+    telegram.answer("Your edit came too late", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.answer("2 waiting", thread=7)
+    bot.kill()
+    bot.start()
+    prompt = bot.wait_prompt("right caption")["frame"]["params"]["prompt"][0]["text"]
+    assert prompt.startswith("right words\n\nright caption\n[File: ")
+    assert not any("wrong" in prompt for prompt in bot.prompts())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: files that go out
+# ---------------------------------------------------------------------------------------------------------
+
+
+def in_workspace(bot, files, thread=7):
+    """Put files, given as {name: content}, into a thread's workspace; returns it."""
+    for name, content in files.items():
+        path = bot.workspace(thread) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return bot.workspace(thread)
+
+
+def dictate(telegram, bot, text, size=20, thread=7):
+    """Let Kiro answer with this text, in chunks of that size."""
+    bot.control_file("text", text)
+    return telegram.write(f"!recite text {size}", thread=thread)
+
+
+def tag(path, caption=""):
+    return f'<send_file path="{path}">{caption}</send_file>'
+
+
+def test_files_are_sent_as_what_they_are(telegram, bot):
+    files = {"a.txt": b"text", "b.png": png(), "broken.png": b"\x89PNG\r\n\x1a\n", "strip.png": png(1, 30), "c d/ü;$'.md": b"odd",
+             "long.txt": b"long", "it's.txt": b"apostrophe", "self.txt": b"self"}
+    folder = in_workspace(bot, files)
+    dictate(telegram, bot, "\n".join([
+        "Before.", tag("a.txt", "a caption"), tag("b.png", "a picture"), tag("broken.png"), tag("strip.png"), tag("./c d/../c d/ü;$'.md"),
+        tag(folder / "long.txt", "l" * 1500), tag("it's.txt"), "<send_file path = 'self.txt' />", "After."]), size=7)
+    telegram.answer("l" * 1500, thread=7)
+    sent = telegram.wait_until(lambda: [call for method in ("sendPhoto", "sendDocument") for call in telegram.find(method)][7:] and
+                               telegram.find("sendPhoto") + telegram.find("sendDocument"))
+    assert [call.files["photo"][1] for call in telegram.find("sendPhoto")] == [png()]
+    assert sorted(call.files["document"][1] for call in telegram.find("sendDocument")) == sorted(set(files.values()) - {png()})
+    assert [call.text for call in sent if call.text] == ["a picture", "a caption"]
+    assert all(call.thread == 7 for call in sent)
+    text = telegram.answer("Before.", thread=7).text
+    assert "After." in text and "send_file" not in text
+
+
+def test_files_that_must_not_be_sent_are_refused(telegram, bot, tmp_path):
+    folder = in_workspace(bot, {"empty": b"", "fine.txt": b"fine", "huge": b"h"})
+    (tmp_path / "secret").write_text("SECRET")
+    os.truncate(folder / "huge", 2001 * MEGABYTE)
+    os.mkfifo(folder / "fifo")
+    for name, target in {"link": tmp_path / "secret", "dir": tmp_path, "zero": "/dev/zero", "loop": "loop", "out": bot.folder / ".env"}.items():
+        (folder / name).symlink_to(target)
+    bad = ["/etc/hostname", "../../../.env", "../8/x", "link", "dir/secret", "zero", "/dev/zero", "fifo", "loop", "out", "missing", "missing/x",
+           ".", "fine.txt/x", "", "huge", "empty", "~/x", "x" * 300]
+    dictate(telegram, bot, "Here:\n" + "\n".join(map(tag, bad)) + tag("fine.txt"), size=3000)
+    telegram.wait_for("sendDocument", thread=7)
+    telegram.wait_for(containing="Kiro wanted to send", thread=7, count=len(bad))
+    assert [call.files["document"][1] for call in telegram.find("sendDocument")] == [b"fine"]
+    told = telegram.texts(containing="Kiro wanted to send")
+    assert "outside" in told[0] and "no such file" in "".join(told) and "regular file" in "".join(told) and "larger" in "".join(told)
+    telegram.write("what now?", thread=7)
+    telegram.answer("echo: what now?", thread=7)
+    assert all(f"{path}: " in bot.prompts()[-1] for path in bad)
+
+
+def test_a_path_with_a_nul_harms_nobody(telegram, bot):
+    dictate(telegram, bot, "Here: " + tag("a\0b"))
+    telegram.answer("but ", thread=7)
+    telegram.write("next", thread=7)
+    telegram.answer("echo: next", thread=7)
+
+
+def test_refused_folders_leave_no_descriptors(telegram, bot):
+    in_workspace(bot, {"d/x": b""})
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    wait_until(lambda: "session/load" in str(bot.wire("in", "session/load")))
+    before = bot.fds()
+    dictate(telegram, bot, tag("d") * 30)
+    telegram.wait_for(containing="Kiro wanted to send", thread=7, count=30)
+    bot.wait_wire("in", "session/load", count=2)
+    assert bot.fds() < before + 15
+
+
+def test_a_folder_that_becomes_a_link_at_the_last_moment_is_noticed(tmp_path, monkeypatch):
+    workspace, real_open = tmp_path / "workspace", os.open
+    (workspace / "d").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    for folder in (workspace / "d", tmp_path / "outside"):
+        (folder / "f").write_text("x")
+
+    def swap_and_open(path, *args, **kwargs):
+        if (workspace / "d").exists() and not (workspace / "d").is_symlink():
+            (workspace / "d").rename(workspace / "old")
+            (workspace / "d").symlink_to(tmp_path / "outside")
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(program.os, "open", swap_and_open)
+    with pytest.raises(program.FileRefused):
+        program.open_inside("d/f", str(workspace))
+
+
+def test_tags_in_code_are_text(telegram, bot):
+    in_workspace(bot, {"a.txt": b"a"})
+    text = f"Write `{tag('a.txt')}` or ``{tag('a.txt', '`')}``:\n\n```html\n{tag('a.txt')}\n```\n\n~~~\n{tag('a.txt')}\n~~~\n\n````\n```\n{tag('a.txt')}"
+    for size in (1, 1000):
+        dictate(telegram, bot, text, size)
+        assert telegram.wait_for("sendRichMessage", thread=7, count=1 if size == 1 else 2).text.count(tag("a.txt")) == 4
+    dictate(telegram, bot, f"1. In an item:\n   - ```html\n     a\n\n     {tag('a.txt')}\n     ```\n\n> ```\n> {tag('a.txt')}\n> ```\n\nDone.")
+    assert telegram.answer("Done.", thread=7).text.count(tag("a.txt")) == 2
+    assert not telegram.find("sendDocument")
+
+
+ODD_TAGS = ["See <send_file path=a.txt>cap</send_file> and more.", "The <send_file_size> setting, and more.", "Use <send_file and more.",
+            '<send_file path="a.txt" caption="x">c</send_file> and more.', '<send_file path="a.txt">never closed, and more.',
+            '<send_file path="a"><send_file path="b">x</send_file>y</send_file> and more.', "</send_file> and more."]
+
+
+@pytest.mark.parametrize("text", ODD_TAGS)
+def test_odd_tags_swallow_nothing(text):
+    assert "and more." in program.visible_text(text)[0]
+
+
+TAGGED = f"Here: {tag('a.txt', 'the caption')} it is, `{tag('b')}` {tag('c')}.\n```\n{tag('d')}\n```\n<send_file\n path='e' />{tag('f', 'x `y` <z>')}!"
+
+
+def test_no_prefix_of_an_answer_shows_a_piece_of_a_tag():
+    final, files = program.visible_text(TAGGED)
+    assert [path for path, _ in files] == ["a.txt", "c", "e", "f"]
+    for end in range(len(TAGGED)):
+        shown = program.visible_text(TAGGED[:end], still_coming=True)[0]
+        outside = without_code(shown)
+        assert "<" not in outside and "the caption" not in outside and "file" not in outside, shown
+
+
+@pytest.mark.parametrize("piece", ["<", "`", "[", "![", "[a](", "<send_file ", '<send_file path="a">', "```\n", "[\\", "**", "_a", "~~~\n"])
+def test_hostile_texts_take_no_time(piece):
+    text, begun = piece * (100_000 // len(piece)), time.process_time()
+    program.visible_text(text, still_coming=True)
+    if program.has_markdown(text):
+        list(program.rich_pieces(text))
+    list(program.split_text(text, 4096, program.utf16_length))
+    assert time.process_time() - begun < 2
+
+
+def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, bot):
+    for user, text in ((ALICE, "Draft one <send_fi"), (BOB, "Draft two " + tag("x", "the caption")[:-3])):
+        telegram.write(f"!say {text}\n!wait gate\n!say rest", user=user, thread=7)
+    for user, text in ((ALICE, "Draft one"), (BOB, "Draft two")):
+        assert telegram.wait_for(DRAFT, containing=text, user=user).text.strip() == text
+    bot.open_gate("gate")
+    telegram.answer("Draft one <send_firest", user=ALICE)
+    telegram.answer("Draft two", user=BOB)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: permissions
+# ---------------------------------------------------------------------------------------------------------
+
+
+def question(telegram, containing, thread=7, **which):
+    """Wait for a permission request; returns the call that asked."""
+    return telegram.wait_for("sendMessage", containing=containing, thread=thread, when=lambda call: "reply_markup" in call.params, **which)
+
+
+def settled(telegram, call, text):
+    """Wait until a question has this outcome and no buttons any more."""
+    telegram.wait_until(lambda: text in telegram.current(call)["text"] and not telegram.buttons(call), what=f"the outcome {text!r}")
+
+
+def toast(telegram, query):
+    """Wait for the answer to a press; returns its text."""
+    return telegram.wait_for("answerCallbackQuery", when=lambda call: call.params["callback_query_id"] == query["id"]).text
+
+
+def test_each_option_of_a_permission_is_a_button(telegram, bot):
+    telegram.write("!ask Running: make one\n!ask Running: make two\n!tool edit Editing notes/todo.md\n!ask\n!say the end", thread=7)
+    for title, button, kind in (("make one", "Yes", "allow_once"), ("make two", "Always", "allow_always"), ("notes/todo.md", "No", "reject_once")):
+        asked = question(telegram, title)
+        assert [b["text"] for b in telegram.buttons(asked)] == ["Yes", "Always", "No"]
+        assert not asked.params.get("disable_notification")
+        assert button in toast(telegram, telegram.press(asked, button))
+        settled(telegram, asked, f"→ {button}")
+        assert title in telegram.current(asked)["text"]
+        bot.wait_wire("in", when=lambda entry: f"'optionId': '{kind}'" in str(entry["frame"]))
+    answer = telegram.answer("the end", thread=7).text
+    assert [line for line in answer.splitlines() if line.startswith("perm")] == [f"permission: {k}" for k in ("allow_once", "allow_always", "reject_once")]
+
+
+def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
+    asked = {}
+    for thread in (1, 2, 3):
+        telegram.write("!ask Running: make", thread=thread)
+        asked[thread] = question(telegram, "make", thread)
+    telegram.stop(telegram.wait_for(DRAFT, thread=1))
+    telegram.write("/stop", thread=2)
+    for thread in (1, 2):
+        settled(telegram, asked[thread], "Refused: stopped")
+        telegram.answer("Stopped", thread=thread)
+    for pid in bot.agents():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    settled(telegram, asked[3], "Refused: the turn is over")
+    for thread in (1, 2, 3):
+        late = telegram.press({**asked[thread].message}, data=asked[thread].params["reply_markup"]["inline_keyboard"][0][0]["callback_data"])
+        assert toast(telegram, late) == "This is over."
+    assert len(bot.wire("in", when=lambda e: "'outcome': 'cancelled'" in str(e["frame"]))) == 2
+
+
+def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
+    telegram.write("!ask Running: first", thread=7)
+    telegram.write("!ask Running: second", thread=8)
+    first, second = question(telegram, "first", 7), question(telegram, "second", 8)
+    data = telegram.buttons(second)[1]["callback_data"]
+    telegram.press(second, "Always", user=MALLORY)
+    telegram.write("!ask Running: Bob's", user=BOB, thread=7)
+    of_bob = question(telegram, "Bob's", 7, user=BOB)
+    assert toast(telegram, telegram.press(of_bob, user=BOB, data=data)) == "This is over."
+    for forged in (data[:-1] + "9", data[:-1] + "77", "ask:", "nonsense", "a" * 64):
+        telegram.press(second, data=forged)
+    queries = [telegram.press(second, "No"), telegram.press(second, "Yes")]
+    assert "No" in toast(telegram, queries[0]) and toast(telegram, queries[1]) == "This is over."
+    settled(telegram, second, "→ No")
+    telegram.press(first, "Yes")
+    telegram.answer("permission: allow_once", thread=7)
+    telegram.answer("permission: reject_once", thread=8)
+    assert not telegram.texts(thread=7, user=BOB, containing="permission:")
+
+
+def test_what_is_asked_outside_a_turn_is_refused_silently(telegram, bot):
+    telegram.write("!late_ask\n!say first", thread=7)
+    telegram.answer("first", thread=7)
+    bot.wait_wire("out", "session/request_permission")
+    telegram.write("second", thread=7)
+    telegram.answer("echo: second", thread=7)
+    assert telegram.texts() == ["first", "echo: second"]
+
+
+ODD_OPTIONS = """
+def update(self, update, old=k.Turn.update):
+    if "rawInput" in update:
+        update.update(title="Clean up", rawInput={"command": "rm -rf ~"})
+    old(self, update)
+k.Turn.update = update
+k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"), dict(optionId="x" * 99, name=" ", kind="odd")]
+"""
+
+
+def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, start, tmp_path):
+    bot = start(KIRO_COMMAND=patched_kiro(tmp_path, ODD_OPTIONS))
+    telegram.write("!ask Running: something harmless", thread=7)
+    asked = question(telegram, "rm -rf ~")
+    assert "Clean up" in asked.text and len(telegram.buttons(asked)) == 2
+    telegram.press(asked, 0)
+    telegram.answer("permission: allow_always", thread=7)
+
+
+@pytest.mark.parametrize("code, kind", [
+    ("pass", "allow_once"),
+    ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once'), dict(optionId=3, name='Ok', kind='allow_always')]", "allow_always"),
+    ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]", "cancelled")])
+def test_allow_mode_allows_by_kind(telegram, start, tmp_path, code, kind):
+    bot = start(TOOL_APPROVAL="allow", KIRO_COMMAND=patched_kiro(tmp_path, code))
+    bot.habits(permission_ids="hyphens")
+    telegram.write("!ask Running: make", thread=7)
+    telegram.answer(f"permission: {kind}", thread=7)
+    assert len(telegram.texts()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: tools, /status, warnings, commands
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, bot):
+    telegram.write("!say Before.\n!tool execute Running: make all\n!wait gate\n!tool_done\n!say Between.\\n\n!tool read x\n!tool_done\n!say After.", thread=7)
+    assert "Before." in telegram.wait_for(DRAFT, containing="Running: make all", thread=7).text
+    bot.open_gate("gate")
+    assert telegram.answer("After.", thread=7).text == "Before.\n\nBetween.\n\nAfter."
+
+
+def test_status_tells_session_model_folder_context_and_cost(telegram, bot):
+    telegram.write("/status", thread=7)
+    assert "none yet" in telegram.answer("Session:", thread=7).text
+    telegram.write("!context 42.4\n!credits 0.5 0.25", thread=7)
+    telegram.answer("finished without", thread=7)
+    telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    telegram.write("wait", thread=7)
+    telegram.write("/status", thread=7)
+    status = telegram.answer("Running for", thread=7).text
+    session, = bot.database()
+    for told in (session["session_id"], "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "1 waiting"):
+        assert told in status
+    bot.open_gate("gate")
+    telegram.answer("echo: wait", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.answer("Nothing is running", thread=7)
+
+
+def test_a_nearly_full_context_is_told_once(telegram, bot):
+    telegram.write("!context 85\n!say one", thread=7)
+    telegram.answer("85 %", thread=7)
+    telegram.write("!context 90\n!say two", thread=7)
+    telegram.answer("two", thread=7)
+    telegram.write("!compaction\n!say three", thread=7)
+    telegram.answer("90 %", thread=7)
+    hints = telegram.texts(containing="%")
+    assert len(hints) == 2 and all("/new" in hint and "/compact" in hint for hint in hints)
+
+
+def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
+    for number, hint in ((111, False), (222, True)):
+        telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
+        assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
+    telegram.write("!error -32603 Too many requests", thread=7)
+    assert "/new" not in telegram.answer("Too many requests", thread=7).text
+    telegram.write("fine", thread=7)
+    telegram.answer("echo: fine", thread=7)
+
+
+def test_other_commands_go_to_kiro_alone_and_unchanged(telegram, bot):
+    telegram.wait_until(lambda: telegram.commands)
+    assert {command["command"] for command in telegram.commands} >= {"new", "stop", "model", "status", "help"}
+    telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    for text in ("before", "and this", "/compact  all of\nit", "/agent@kiro_test_bot swap", "after"):
+        telegram.write(text, thread=7)
+    telegram.wait_for("setMessageReaction")
+    telegram.write("/status", thread=7)
+    telegram.answer("5 waiting", thread=7)
+    bot.open_gate("gate")
+    telegram.answer("echo: after", thread=7)
+    prompts = bot.prompts()[1:]
+    assert prompts[0].startswith("before\n\nand this") and prompts[1:3] == ["/compact  all of\nit", "/agent swap"]
+    assert prompts[3].startswith("after") and len(prompts) == 4
+
+
+def test_a_forwarded_command_is_a_text(telegram, bot):
+    telegram.write("/new", thread=7, forward_origin={"type": "hidden_user", "date": 1, "sender_user_name": "Carol"})
+    telegram.answer("echo: [Forwarded from Carol]\n/new", thread=7)
 
 
 # ---------------------------------------------------------------------------------------------------------
