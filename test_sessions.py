@@ -2583,7 +2583,7 @@ class Soak:
         self.telegram.fault("sendMessage", drop="after", times=None, when=self.cuts_off)
         for _ in range(count):
             self.bot.start(wait=self.chance.random() < 0.8)
-            self.load_for(self.chance.uniform(0, 1.2))
+            self.load_for(self.chance.uniform(0, 1))
             self.bot.kill()
             self.ends.append(time.monotonic())
         self.bot.start()
@@ -3398,6 +3398,7 @@ def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
 # The tests: nothing hangs, Kiro's side
 # ---------------------------------------------------------------------------------------------------------
 
+SOON_STARTED = dict(INITIALIZE_SECONDS=0.7, SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5, LEFTOVER_SECONDS=0.2)
 SOON_ENDED = dict(STOP_SECONDS=1, END_SECONDS=1, TERM_SECONDS=0.5, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
@@ -3601,8 +3602,8 @@ TRANSIENT = [
 ]
 
 
-def test_trouble_at_load_does_not_throw_a_session_away(telegram, start):
-    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_trouble_at_load_does_not_throw_a_session_away(telegram, make_bot):
+    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1).hurry(**SOON_STARTED).start()
     tell(telegram, "hello", 7, "echo: hello")
     session = session_id(bot, 7)
     for habits in TRANSIENT:
@@ -3615,8 +3616,8 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, start):
     nothing_stays(bot)
 
 
-def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, start):
-    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, make_bot):
+    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1).hurry(**SOON_STARTED).start()
     ways = ["error", "exit", "hang", "accept"]
     for thread, way in enumerate(ways, 1):
         tell(telegram, "hello", thread, "echo: hello")
@@ -3647,7 +3648,7 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     try:
         for number, process in enumerate([dead, sleeper, agent]):    # the last two: the pid was given to another
             lock_by(bot, 7, process.pid)
-            tell(telegram, f"!recall {number}", 7, f"before: hello")
+            tell(telegram, f"!recall {number}", 7, "before: hello")
         assert sleeper.poll() is agent.poll() is None
     finally:
         sleeper.kill(), agent.communicate()
@@ -3691,7 +3692,7 @@ def test_orphans_of_a_killed_bot_free_their_session(telegram, make_bot, stubborn
 
 def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, make_bot):
     """Stdin's end, then TERM, then KILL; and a cancel that is ignored. Meanwhile, whatever keeps Kiro from starting."""
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5).hurry(**SOON_ENDED).start()
+    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5).hurry(**SOON_STARTED, **SOON_ENDED).start()
     bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
     tell(telegram, "!spawn setsid pipes\n!say the end", 101, "the end")
     answered = time.monotonic()
@@ -3717,7 +3718,7 @@ def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegr
 def test_a_deaf_kiro_blocks_nobody(telegram, start):
     bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
     bot.habits(new={"deaf": True})
-    photo = telegram.send_file("photo", png() + bytes(3_000_000), thread=1, caption="look")
+    telegram.send_file("photo", png() + bytes(3_000_000), thread=1, caption="look")
     wait_until(lambda: bot.wire("in", "session/new"))
     bot.habits()
     tell(telegram, "/status", 1, "Session: ")
@@ -3825,7 +3826,7 @@ def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, start):
 
 
 def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp")
+    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp").hurry(**SOON_STARTED)
     program = bot.folder / "kiro"
     program.write_text(f"#!/bin/sh\nenv -i sleep 600 & echo $! > {bot.control}/left\nexec {KIRO_COMMAND}\n")
     program.chmod(0o700)
@@ -4010,7 +4011,7 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
     telegram.answer("couldn't read", user=ALICE)
 
 
-def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, bot):
+def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, quick):
     telegram.write("!say begun\n!silence", thread=7)
     draft = telegram.wait_for(DRAFT, containing="begun")
     telegram.deliver(stopped_message_generation={
@@ -4175,7 +4176,8 @@ def test_a_card_that_could_not_be_sent_comes_once_it_can(telegram, bot):
     assert times_said(telegram, "I was interrupted") == 1
 
 
-def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
+def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, quick):
+    bot = quick
     telegram.write("!say the first half\n!silence", thread=7)
     telegram.wait_for(DRAFT, containing="the first half")
     waits = telegram.write("!say waiting", thread=7)
@@ -4805,7 +4807,8 @@ def test_hostile_texts_take_no_time(piece):
     assert time.process_time() - begun < 2
 
 
-def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, bot):
+def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, quick):
+    bot = quick
     for user, text in ((ALICE, "Draft one <send_fi"), (BOB, "Draft two " + tag("x", "the caption")[:-3])):
         telegram.write(f"!say {text}\n!wait gate\n!say rest", user=user, thread=7)
     for user, text in ((ALICE, "Draft one"), (BOB, "Draft two")):
@@ -4934,7 +4937,8 @@ def test_allow_mode_allows_by_kind(telegram, start, tmp_path, code, kind):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, bot):
+def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, quick):
+    bot = quick
     telegram.write("!say Before.\n!tool execute Running: make all\n!wait gate\n!tool_done\n!say Between.\\n\n!tool read x\n!tool_done\n!say After.", thread=7)
     assert "Before." in telegram.wait_for(DRAFT, containing="Running: make all", thread=7).text
     bot.open_gate("gate")
@@ -5071,7 +5075,8 @@ def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
     assert bot.database("SELECT user_id, thread_id FROM sessions") == [{"user_id": 0, "thread_id": 0}]
 
 
-def test_the_console_leaves_a_running_bot_alone(telegram, bot):
+def test_the_console_leaves_a_running_bot_alone(telegram, quick):
+    bot = quick
     telegram.write("!say working\n!wait go", thread=7)
     telegram.wait_for("sendMessageDraft", containing="working", thread=7)
     assert "echo: from the console" in bot.run("--console", input="from the console\n").stdout
