@@ -74,7 +74,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import IO, Any, Callable, Iterator, NamedTuple, Optional
 
 import requests
 import telebot
@@ -2866,6 +2866,7 @@ RICH_LINES = 350                # each may become a block, of which there may be
 DRAFT_LIMIT = 4000
 QUESTION_LIMIT = 3500
 CAPTION_LIMIT = 1024
+OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW     # must not wait for a pipe's writer
 PHOTO_BYTES = 10 * 1024 * 1024
 UPLOAD_BYTES = 50 * 1024 * 1024
 LOCAL_UPLOAD_BYTES = 2000 * 1024 * 1024
@@ -3249,7 +3250,7 @@ class Topic(Chat):
         except OSError as error:
             return f"it can't be read: {error.strerror or error}"
 
-    def _upload(self, file: Any, caption: str) -> str:
+    def _upload(self, file: IO[bytes], caption: str) -> str:
         """Send as photo if Telegram takes it as such, else as document; return why not, or nothing."""
         size = os.fstat(file.fileno()).st_size
         if not size:
@@ -3272,12 +3273,12 @@ class Topic(Chat):
         return ""
 
 
-def send_photo(token: str, chat_id: int, file: Any, **kwargs: Any) -> Any:
+def send_photo(token: str, chat_id: int, file: IO[bytes], **kwargs: Any) -> Any:
     """telebot's, with the file's name made safe for its unquoted headers [tg 4]; from the start on each try."""
     return apihelper.send_photo(token, chat_id, (harmless_name(os.path.basename(file.name)), rewound(file)), **kwargs)
 
 
-def send_document(token: str, chat_id: int, file: Any, **kwargs: Any) -> Any:
+def send_document(token: str, chat_id: int, file: IO[bytes], **kwargs: Any) -> Any:
     """The same for any file."""
     return apihelper.send_data(token, chat_id, rewound(file), "document", visible_file_name=harmless_name(os.path.basename(file.name)),
                                **kwargs)
@@ -3294,7 +3295,7 @@ class FileRefused(Exception):
     """A file that Kiro wants to send must not be sent; the text completes "but ..."."""
 
 
-def open_inside(path: str, workspace: str) -> Any:
+def open_inside(path: str, workspace: str) -> IO[bytes]:
     """Open a regular file inside the workspace, links resolved.  Raises FileRefused, OSError."""
     try:
         real, root = os.path.realpath(os.path.join(workspace, path)), os.path.realpath(workspace)
@@ -3302,34 +3303,20 @@ def open_inside(path: str, workspace: str) -> Any:
             raise FileRefused("it is outside of this topic's folder")
         if not os.path.lexists(real):
             raise FileRefused("there is no such file")
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)      # must not wait for a pipe's writer
+        file = open(real, "rb", opener=lambda name, _: os.open(name, OPEN_FLAGS))
+    except IsADirectoryError as error:
+        raise FileRefused("it is not a regular file") from error
     except ValueError as error:                # a NUL, half a character
         raise FileRefused("that is no file name") from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise FileRefused("it is not a regular file")
-        if os.readlink(f"/proc/self/fd/{descriptor}") != real:      # a folder on the way became a link meanwhile
+        if os.readlink(f"/proc/self/fd/{file.fileno()}") != real:      # a folder on the way became a link meanwhile
             raise FileRefused("it is outside of this topic's folder")
-        return NamedFile(open(descriptor, "rb"), real)
+        return file
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-
-
-class NamedFile:
-    """An open file that knows its path, which one opened by descriptor does not."""
-
-    def __init__(self, file: Any, name: str) -> None:
-        self._file, self.name = file, name
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._file, attribute)
-
-    def __enter__(self) -> NamedFile:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._file.close()
 
 
 # ======================================================================================================================
