@@ -4,10 +4,11 @@
     python bot.py --check      try everything once, say what was found, exit 0 or 1
     python bot.py --console    talk to Kiro in this terminal, through the same conversation code
 
-A message travels through this file from top to bottom:
+After the settings, a message travels through this file from top to bottom:
 
     Poll           one long-poll loop; it parses, asks the gate, journals, hands over, and waits for nobody
-    Commands       what the bot answers itself: /status, /model, buttons, presses
+    The bot        what all parts share: the table of conversations, errands, the orderly stop
+    Commands       what the bot answers itself: /status, /model, presses of buttons
     Conversation   one per (user, thread): what waits, the turn that runs, the process it owns
     Prompt         what a message says to Kiro, with its quotes and files
     Kiro           one child process speaking ACP on stdio, and the locks on its sessions
@@ -19,12 +20,15 @@ Glossary.  *chat*: a private chat; its id is the user's id.  *thread*: a topic's
 *conversation*: what belongs to one (user, thread).  *session*: Kiro's memory of it.  *turn*: from taking messages to the
 answer's last part; Kiro's turn is the stretch between `session/prompt` and its response.  *draft*: Telegram's streamed
 preview; a *frame* is one version of it.  *part*: one lasting message of an answer.  *place*: the right to have one Kiro
-process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and waits for its message.
+process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and waits for its message.  *card*: the message
+that offers an interrupted turn with **Ask again** and **Drop**.  *errand*: something short that talks to Telegram.
 
-Threads.  main: starts, then waits for a signal.  poll: `Poll.run`; it calls Telegram's getUpdates and the database,
-nothing else.  errands: a small pool that answers commands and presses.  conversation: one for each conversation that has
-work or a warm process; it alone calls Kiro and sends drafts and answers.  For each Kiro process four more: reader, writer,
-stderr, and a waiter, which alone ends what is left of the process and gives its place back.
+Threads.  main: starts, then waits for a signal.  poll: says what was found at the start, then `Poll.run`; it waits for
+Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: a small pool that answers
+commands and presses.  conversation: one for each conversation that has work or a warm process; it alone calls Kiro and sends
+drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro process four more: reader,
+writer, stderr, and a waiter, which sees what is left of the process to its end and gives its place back; while it is ended, an
+ender, which sends the signals.
 
 Locks, each held for a moment and never across a network call: `Conversation.lock` (what waits, the turn, its permission
 requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is gone),
@@ -32,7 +36,7 @@ requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock`
 own.
 
 Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of the project's notes on
-kiro-cli's ACP mode and on the Bot API, where their sources are.
+kiro-cli's ACP mode and on the Bot API, where their sources are.  The notes are kept outside of this repository.
 """
 
 from __future__ import annotations
@@ -42,8 +46,8 @@ import sys
 
 if __name__ == "__main__":
     # CPython keeps the syntax tree of the file that it runs for as long as it runs, 8 MB here; a module's it does not.
-    RUN = "import os, sys; sys.path[0] = os.path.dirname(sys.argv[1]); import bot; bot.start(sys.argv[2:])"
-    os.execv(sys.executable, [sys.executable, "-c", RUN, os.path.abspath(__file__), *sys.argv[1:]])
+    AS_MODULE = "import os, sys; sys.path[0] = os.path.dirname(sys.argv[1]); import bot; bot.start(sys.argv[2:])"
+    os.execv(sys.executable, [sys.executable, "-c", AS_MODULE, os.path.abspath(__file__), *sys.argv[1:]])
 
 import argparse
 import base64
@@ -84,7 +88,7 @@ from dotenv.parser import parse_stream
 from telebot import apihelper, types, util
 from telebot.version import __version__ as telebot_version
 
-from sessions import InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
+from sessions import PART_SPACING, InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
 
 log = logging.getLogger("bot")
 
@@ -236,14 +240,9 @@ ALLOWED_UPDATES = ["message", "edited_message", "callback_query", "stopped_messa
 POLL_SECONDS = 25               # a long poll; Telegram's cap is 50 [tg 5.1]
 CONFLICT_SECONDS = POLL_SECONDS + 10   # longer than a poll, so that two bots don't throw each other out in turns
 CONFLICTS_AT_MOST = 8
-POLL_RETRY_SECONDS = (1, 2, 4, 8, 15, 30)
 STRANGERS_REMEMBERED = 1000
 MESSAGE_KINDS = frozenset(["text", "photo", "document", "audio", "voice", "video", "video_note", "animation", "sticker",
                            "rich_message"])
-
-
-class Closing(Exception):
-    """The bot is stopping: leave everything as it is."""
 
 
 class Poll:
@@ -256,7 +255,7 @@ class Poll:
         self._batch: "list[Accepted]" = []
         self._body = ""                        # the update in hand, as JSON
         self._update_id = 0
-        self._told_of_trouble: "set[int]" = set()
+        self._told_of_trouble: "set[tuple[int, int]]" = set()      # (user, thread)
         self._telebot = telebot.TeleBot(bot.settings.token, threaded=False)
         self._register()
 
@@ -289,11 +288,11 @@ class Poll:
             except TooManyRequests as error:
                 pause = error.seconds
             except (Unreachable, Refused) as error:
-                pause = POLL_RETRY_SECONDS[min(failures, len(POLL_RETRY_SECONDS) - 1)]
+                pause = retry_delay(failures)
                 log.log(logging.DEBUG if failures else logging.WARNING, "Telegram can't be polled: %s", error)
                 failures += 1
             except StoreError as error:
-                pause = POLL_RETRY_SECONDS[min(failures + 2, len(POLL_RETRY_SECONDS) - 1)]
+                pause = retry_delay(failures + 2)
                 log.error("Messages can't be journaled and stay with Telegram: %s", error)
                 failures += 1
             self._bot.closing.wait(pause)
@@ -325,8 +324,8 @@ class Poll:
             self._dispatch(update)
         batch, self._batch = self._batch, []
         try:
-            new = self._bot.store.receive([a.row for a in batch if a.kind == "message"],
-                                          [a.row for a in batch if a.kind == "edit"])
+            new = self._bot.store.receive([a.row for a in batch if a.row and a.kind == "message"],
+                                          [a.row for a in batch if a.row and a.kind == "edit"])
         except StoreError as error:
             self._tell_of_trouble(batch, error)
             raise
@@ -366,9 +365,11 @@ class Poll:
             log.exception("An update could not be handled")
 
     def _tell_of_trouble(self, batch: "list[Accepted]", error: StoreError) -> None:
+        """Say it in each topic that wrote, once until the journal can be written again."""
         for user_id, thread_id in {(a.row.user_id, a.row.thread_id) for a in batch if a.row} - self._told_of_trouble:
             self._told_of_trouble.add((user_id, thread_id))
-            self._bot.errand((user_id, thread_id), self._bot.chat(user_id, thread_id).say, f"⚠️ I can't store messages at the moment ({error}). "
+            self._bot.errand((user_id, thread_id), self._bot.chat(user_id, thread_id).say,
+                             f"⚠️ I can't store messages at the moment ({error}). "
                              "Yours is safe with Telegram; I'll take it as soon as I can.")
 
     # -- the gate: first of all, who and where -------------------------------------------------------------------------
@@ -419,7 +420,7 @@ class Poll:
         ids = self._update_id, message.chat.id, thread_of(message), message.message_id
         if not all(isinstance(number, int) and abs(number) < 2**63 for number in ids):
             raise ValueError(f"ids {ids}")
-        return InboxMessage(self._update_id, message.chat.id, thread_of(message), message.message_id, self._body)
+        return InboxMessage(*ids, self._body)
 
 
 def without_novelties(update: dict) -> dict:
@@ -487,6 +488,10 @@ def command_of(message: types.Message) -> "tuple[str, str]":
 # ======================================================================================================================
 
 ERRAND_THREADS = 8
+
+
+class Closing(Exception):
+    """The bot is stopping: leave everything as it is."""
 
 
 class Bot:
@@ -634,7 +639,7 @@ HELP = """I give every topic of this chat its own Kiro session with its own fold
 Any other /command goes to Kiro as it is, for example /compact."""
 UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
 OVER = "This is over."
-RUN = secrets.token_hex(4)      # tells this run's questions from those of former ones
+THIS_RUN = secrets.token_hex(4)     # tells this run's questions from those of former ones
 
 
 class Commands:
@@ -648,7 +653,8 @@ class Commands:
         """Hand a journaled message to whoever answers it."""
         conversation = self._bot.conversation(*incoming.key)
         if incoming.command == "stop":
-            self._bot.errand(incoming.key, self._stop, incoming, conversation.stop())
+            stopping = conversation.stop()         # at once: errands of the topic may be waiting
+            self._bot.errand(incoming.key, self._stop, incoming, stopping)
         elif incoming.command in ("start", "help"):
             self._bot.errand(incoming.key, self._reply, incoming, HELP)
         elif incoming.command == "status":
@@ -669,7 +675,8 @@ class Commands:
         if incoming.command in ("stop", "start", "help", "status"):
             return
         if conversation.edit(incoming) == "too late":
-            self._bot.errand(incoming.key, conversation.chat.say, "Your edit came too late: Kiro already has the message as it was. "
+            self._bot.errand(incoming.key, conversation.chat.say,
+                             "Your edit came too late: Kiro already has the message as it was. "
                              "Send the correction as a new message.")
 
     def stop_draft(self, user_id: int, draft_id: int) -> None:
@@ -682,13 +689,14 @@ class Commands:
         """A button: data that this bot didn't make does nothing."""
         data = press.data or ""
         if match := re.fullmatch(r"ask:([0-9a-f]{16}):(\d{1,2})", data):
-            self._bot.errand(press.id, self._decided, press, match[1], self._decide(press, match[1], int(match[2])))
+            choice = self._decide(press, match[1], int(match[2]))      # at once: Kiro waits
+            self._bot.errand(press.id, self._decided, press, match[1], choice)
         elif match := re.fullmatch(r"(again|drop):(\d{1,18})", data):
             self._bot.errand(match[2], self._again if match[1] == "again" else self._drop, press, int(match[2]))
         elif match := re.fullmatch(r"model:(\d{1,18}):([0-9a-f]{16})", data):
             self._bot.errand((press.from_user.id, int(match[1])), self._model_pressed, press, int(match[1]), match[2])
 
-    def _reply(self, incoming: Incoming, text: str, buttons: "Optional[list]" = None) -> None:
+    def _reply(self, incoming: Incoming, text: str, buttons: Optional[Buttons] = None) -> None:
         conversation = self._bot.conversation(*incoming.key)
         try:
             conversation.chat.say(text, buttons)
@@ -710,6 +718,7 @@ class Commands:
         self._reply(incoming, *self._bot.conversation(*incoming.key).answer_model(incoming.argument))
 
     def _decide(self, press: types.CallbackQuery, token: str, index: int) -> Optional[str]:
+        """Pass a decision on; return the option's name, or None when it is over or somebody else's."""
         conversation = self._bot.permissions.get(token)
         if conversation is None or conversation.user_id != press.from_user.id:
             return None
@@ -717,29 +726,27 @@ class Commands:
 
     def _decided(self, press: types.CallbackQuery, token: str, choice: Optional[str]) -> None:
         self._toast(press, choice or OVER)
-        if choice is None and not token.startswith(RUN):      # else whoever decided it edits the message
+        if choice is None and not token.startswith(THIS_RUN):      # else whoever decided it edits the message
             self._settle(press, OVER)
 
     def _again(self, press: types.CallbackQuery, turn_id: int) -> None:
-        rows = self._rows(press, turn_id)
-        rows = self._bot.store.ask_again(turn_id) if rows else []
+        rows = self._bot.store.ask_again(turn_id) if self._may_settle(press, turn_id) else []
         self._toast(press, "Asking again" if rows else OVER)
-        commands = Commands(self._bot)
         for row in rows:
-            commands.route(Incoming.from_journal(row))
+            self.route(Incoming.from_journal(row))
         self._settle(press, "Asked again." if rows else OVER)
 
     def _drop(self, press: types.CallbackQuery, turn_id: int) -> None:
-        dropped = bool(self._rows(press, turn_id)) and self._bot.store.drop(turn_id)
+        dropped = self._may_settle(press, turn_id) and self._bot.store.drop(turn_id)
         self._toast(press, "Dropped" if dropped else OVER)
         self._settle(press, "Dropped." if dropped else OVER)
 
-    def _rows(self, press: types.CallbackQuery, turn_id: int) -> "list[InboxMessage]":
-        """Return the turn's messages if it is this user's and nobody works on it."""
+    def _may_settle(self, press: types.CallbackQuery, turn_id: int) -> bool:
+        """Is the turn this user's, and does nobody work on it?"""
         rows = self._bot.store.messages_of(turn_id)
         if not rows or rows[0].user_id != press.from_user.id:
-            return []
-        return [] if self._bot.conversation(rows[0].user_id, rows[0].thread_id).works_on(turn_id) else rows
+            return False
+        return not self._bot.conversation(rows[0].user_id, rows[0].thread_id).works_on(turn_id)
 
     def _model_pressed(self, press: types.CallbackQuery, thread_id: int, key: str) -> None:
         conversation = self._bot.conversation(press.from_user.id, thread_id)
@@ -765,7 +772,7 @@ class Commands:
         self._bot.chat(press.from_user.id, 0).settle(press.message.message_id, f"{before}\n\n{text}" if before else text)
 
 
-def carries(message: Any, data: str) -> bool:
+def carries(message: Any, data: Optional[str]) -> bool:
     """Does the message have a button with this data?  Not when somebody made the press up."""
     keyboard = getattr(message, "reply_markup", None)
     return bool(keyboard) and any(button.callback_data == data for row in keyboard.keyboard for button in row)
@@ -804,8 +811,20 @@ PERMISSION_SECONDS_IN_DEMAND = 2 * 60    # while another topic waits for a place
 TOOL_PATIENCE = 6               # times SILENCE_SECONDS while a tool is running
 ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
 FULL_CONTEXT = 80               # percent
+REPLAY_SECONDS = 1.0            # for what some agents replay after their response to session/load
+QUIET_SECONDS = 0.03            # a replay is over when nothing came for this long
+JOURNAL_TRIES = 240
+JOURNAL_RETRY_SECONDS = 15
+ASK_RETRY_SECONDS = 5
+QUESTION_LIMIT = 3500           # UTF-16 units; room for the outcome must remain
 SEEN = "👀"
+HISTORY_GONE = "⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The folder is as it was."
+STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
+                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
+                "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
 
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
 
 class KiroFailure(Exception):
     """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
@@ -831,6 +850,10 @@ class KiroSilent(KiroFailure):
     """A request was not answered in time."""
 
 
+class KiroLocked(KiroFailure):
+    """Somebody else has the session."""
+
+
 class SessionLost(Exception):
     """Kiro does not have the thread's session any more."""
 
@@ -842,6 +865,8 @@ class NoPlace(Exception):
 class Stopped(Exception):
     """The user has stopped the turn."""
 
+
+# -- places ------------------------------------------------------------------------------------------------------------
 
 class Places:
     """The right to have a Kiro process, MAX_PROCESSES times; first come, first served.
@@ -878,7 +903,7 @@ class Places:
             return True
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Leave the queue."""
+        """Leave the queue; a place that was granted meanwhile goes to the next."""
         with self._lock:
             if ticket in self._queue:
                 self._queue.remove(ticket)
@@ -927,11 +952,13 @@ class Ticket:
         self.granted = False
 
 
+# -- a turn and its permission requests --------------------------------------------------------------------------------
+
 class Permission:
     """A tool call that Kiro asks about."""
 
     def __init__(self, kiro: Kiro, request_id: Any, params: dict) -> None:
-        self.token = RUN + secrets.token_hex(4)
+        self.token = THIS_RUN + secrets.token_hex(4)
         self.kiro = kiro
         self.request_id = request_id           # Kiro's, echoed as it came
         options, tool_call = params.get("options"), params.get("toolCall")
@@ -944,27 +971,20 @@ class Permission:
 
     def option_of_kind(self, *kinds: str) -> Optional[str]:
         """Return the id of the first option of these kinds; ids differ between versions [acp 3.6]."""
-        for kind in kinds:
-            for option in self.options:
-                if option.get("kind") == kind:
-                    return option["optionId"]
-        return None
+        return next((option["optionId"] for kind in kinds for option in self.options if option.get("kind") == kind), None)
 
     def answer(self, option_id: Optional[str]) -> None:
         """Answer Kiro; None refuses."""
-        if option_id is None:
-            outcome = {"outcome": "cancelled"}
-        else:
-            outcome = {"outcome": "selected", "optionId": option_id}
+        outcome = {"outcome": "cancelled"} if option_id is None else {"outcome": "selected", "optionId": option_id}
         self.kiro.respond(self.request_id, {"outcome": outcome})
 
 
 class Turn:
     """From taking messages to their answer."""
 
-    def __init__(self, status: str) -> None:
+    def __init__(self) -> None:
         self.draft_id = random.randint(1, 2**31 - 1)
-        self.status = status                   # what the draft says while Kiro says nothing
+        self.status = "Thinking…"              # what the draft says while Kiro says nothing
         self.began = time.monotonic()
         self.messages: "list[Incoming]" = []   # taken, not waiting any more
         self.prompt: "list[dict]" = []         # as ACP content blocks
@@ -1039,6 +1059,8 @@ class Turn:
         self.stale = True
 
 
+# -- a conversation's hold on Kiro -------------------------------------------------------------------------------------
+
 class Link:
     """A conversation's hold on Kiro: the process for this or the next turn, and those that are still ending.
 
@@ -1047,7 +1069,8 @@ class Link:
 
     def __init__(self, talk: Conversation) -> None:
         self._talk, self._key = talk, talk.key
-        self._bot, self._settings, self._store, self._places = talk.bot, talk.settings, talk.store, talk.places
+        self._bot, self._settings = talk.bot, talk.settings
+        self._store, self._places = talk.store, talk.places
         self.kiro: Optional[Kiro] = None
         self.former: "list[Kiro]" = []          # they may still hold the session's lock
         self.models: Optional[Models] = None    # what Kiro told last
@@ -1061,33 +1084,47 @@ class Link:
         """
         self._talk.check_stop()
         while True:
-            if self.kiro is None or self.kiro.gone.is_set():
-                self.let_go()                 # a dead one is replaced, unnoticed
-                self.start()
             kiro = self.kiro
+            if kiro is None or kiro.gone.is_set():
+                self.let_go()                 # a dead one is replaced, unnoticed
+                kiro = self._start()
             try:
-                if kiro.agent is None:
-                    kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+                self._initialize(kiro)
                 if not kiro.session_id:
                     self._open_session(kiro)
-                self.apply_model(kiro)
+                self._apply_model(kiro)
                 return kiro
             except SessionLost:
                 self.let_go(at_once=True)
 
-    def start(self) -> None:
+    def begin_anew(self) -> Kiro:
+        """Return another process with another session, which is the thread's from now on.  Raises as `ready`."""
+        self.let_go()
+        kiro = self._start()
+        self._initialize(kiro)
+        self._new_session(kiro)
+        self._apply_model(kiro)
+        return kiro
+
+    def _initialize(self, kiro: Kiro) -> None:
+        if kiro.agent is None:
+            kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+
+    def _start(self) -> Kiro:
+        """Start a process as soon as there is a place for it.  Raises KiroFailure, Stopped, Closing, NoPlace."""
         workspace = self.workspace()
         self._take_place()
         try:
-            self.kiro = Kiro(self._bot, workspace, self._talk.post)
+            kiro = self.kiro = Kiro(self._bot, workspace, self._talk.post)
         except (OSError, ValueError) as error:
             self._places.give_back()
             reason = getattr(error, "strerror", None) or error
             raise KiroFailure(f"Kiro could not be started: {reason} ({self._settings.kiro_command[0]}). Check KIRO_COMMAND on "
                               "the server.") from error
         if self._talk.turn is None:
-            self.kiro.kept_warm = True
-            self._places.keep_warm(self._talk, self.kiro)
+            kiro.kept_warm = True
+            self._places.keep_warm(self._talk, kiro)
+        return kiro
 
     def _take_place(self) -> None:
         """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
@@ -1100,14 +1137,15 @@ class Link:
                 return
             raise NoPlace
         ticket = self._places.ask(self._talk)
-        status, self._talk.turn.status = self._talk.turn.status, f"Waiting for a free place ({self._places.count} topics are busy)…"
+        turn = self._talk.turn
+        status, turn.status = turn.status, f"Waiting for a free place ({self._places.count} topics are busy)…"
         try:
             while not ticket.granted:
                 self._talk.wait(math.inf)
         except BaseException:
             self._places.withdraw(ticket)
             raise
-        self._talk.turn.status, self._talk.turn.stale = status, self._talk.turn.frame_at is not None
+        turn.status, turn.stale = status, turn.frame_at is not None
 
     def let_go(self, at_once: bool = False) -> None:
         """Let go of the process: it ends by itself, or is ended by its waiter."""
@@ -1162,6 +1200,7 @@ class Link:
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     def default_workspace(self) -> str:
+        """Return the folder that a new thread gets: {WORKSPACE_BASE_PATH}/{user}/{thread}."""
         return str(self._settings.workspaces / str(self._key[0]) / str(self._key[1]))
 
     def workspace(self) -> str:
@@ -1179,14 +1218,14 @@ class Link:
         record = self._store.get_session(*self._key)
         had_history = bool(record) and self._store.get_facts(record.session_id)[0]
         if record is None:
-            return self.new_session(kiro)
+            return self._new_session(kiro)
         if record.session_id == self._lost:
-            self.new_session(kiro)
+            self._new_session(kiro)
             if had_history:
                 self._talk.note(HISTORY_GONE)
             return
         if not kiro.can_load:
-            self.new_session(kiro)
+            self._new_session(kiro)
             if had_history and not self._no_load_told:
                 self._no_load_told = True
                 self._talk.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
@@ -1200,7 +1239,7 @@ class Link:
             self._lost = record.session_id
             raise SessionLost from failure
 
-    def new_session(self, kiro: Kiro) -> None:
+    def _new_session(self, kiro: Kiro) -> None:
         """Make a session for this thread; the chosen model stays."""
         result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
         session_id = result.get("sessionId")
@@ -1246,11 +1285,12 @@ class Link:
             self._talk.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
 
     def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
+        """Note what a session/new or session/load has told."""
         kiro.models = models_of(result)
         self.models = kiro.models or self.models
         kiro.session_id = session_id
 
-    def apply_model(self, kiro: Kiro) -> None:
+    def _apply_model(self, kiro: Kiro) -> None:
         """Make Kiro use the thread's model, if it does not already."""
         wanted = self._store.get_model(*self._key)
         models = kiro.models or (self.models._replace(current="") if self.models else None)
@@ -1276,6 +1316,8 @@ class Link:
         finally:
             kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
 
+
+# -- a conversation ----------------------------------------------------------------------------------------------------
 
 class Conversation:
     """What belongs to one (user, thread).
@@ -1303,7 +1345,7 @@ class Conversation:
         self._unsent: "list[str]" = []          # files that could not be sent, for Kiro to hear of
         self.context: Optional[float] = None    # percent, as Kiro told last
         self.credits: Optional[float] = None
-        self.context_told = False              # that it is nearly full
+        self.context_told = False               # that it is nearly full
         self._refusals: "list[str]" = []        # the last turns' errors, while they are the same
 
     # -- for all threads -----------------------------------------------------------------------------------------------
@@ -1342,8 +1384,9 @@ class Conversation:
         self.post("wake")
 
     def _start(self) -> None:
+        """See to it that there is a turn for what waits, and a thread.  The lock is held."""
         if self.waiting and self.turn is None:
-            self.turn = Turn("Thinking…")
+            self.turn = Turn()
         if not self._running:
             self._running = True
             threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
@@ -1358,8 +1401,7 @@ class Conversation:
                     incoming.files = old.files if file_id_of(old.message) == file_id_of(message) else None
                     self.waiting[n] = incoming
                     return "edited"
-            taken = self.turn.messages if self.turn else []
-            for old in taken:
+            for old in self.turn.messages if self.turn else ():
                 if old.message.message_id == message.message_id and words(old.message) != words(message):
                     old.message = message              # so that this is told once
                     return "too late"
@@ -1438,7 +1480,7 @@ class Conversation:
         """Return the ids of the models that Kiro reported last."""
         return [name for name, _ in self.link.models.offered] if self.link.models else []
 
-    def answer_model(self, wanted: str) -> "tuple[str, Optional[list]]":
+    def answer_model(self, wanted: str) -> "tuple[str, Optional[Buttons]]":
         """Choose a model, or list them when none is wanted; return a text and buttons."""
         names = self.model_names()
         if not names:
@@ -1466,7 +1508,7 @@ class Conversation:
             pass
 
     def _has_work(self) -> bool:
-        """Is there a reason for this thread to go on?  If not, it is over."""
+        """Is there a reason for this thread to go on?  If not, it counts as gone from here on: `_start` makes another."""
         with self.lock:
             self._running = bool(self.waiting or self.unfinished or self.link.kiro)
             return self._running
@@ -1499,8 +1541,8 @@ class Conversation:
                 if incoming in self.waiting:
                     self.waiting.remove(incoming)
         self._close_turn(turn)
-        self.bot.errand(self.key, self.chat.say, f"⚠️ Something went wrong here: {error}. Your message is kept; I'll come back to it when "
-                        "I'm restarted, or send it again.")
+        self.bot.errand(self.key, self.chat.say, f"⚠️ Something went wrong here: {error}. "
+                        "Your message is kept; I'll come back to it when I'm restarted, or send it again.")
 
     def _serve(self, turn: Turn) -> None:
         """Do what waits longest."""
@@ -1523,7 +1565,7 @@ class Conversation:
         self._refuse_all("the turn is over")
         self.chat.leave()
         with self.lock:
-            self.turn = Turn("Thinking…") if self.waiting else None
+            self.turn = Turn() if self.waiting else None
 
     def _idle(self) -> None:
         """Keep the process ready for a message until it was kept long enough, or its place is needed."""
@@ -1612,8 +1654,10 @@ class Conversation:
 
     def _on_usage(self, update: dict) -> None:
         """Context as other agents tell it."""
+        if update.get("sessionUpdate") != "usage_update":
+            return
         used, size = update.get("used"), update.get("size")
-        if update.get("sessionUpdate") == "usage_update" and isinstance(used, (int, float)) and isinstance(size, (int, float)) and size:
+        if isinstance(used, (int, float)) and isinstance(size, (int, float)) and size:
             self.context = 100 * used / size
 
     def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
@@ -1751,17 +1795,9 @@ class Conversation:
 
     def _run_turn(self, turn: Turn) -> "tuple[str, bool]":
         """Bring the waiting messages to Kiro and hear it out; return a remark for the answer's end, and whether to offer
-        the turn again.  A process that fails before it said anything is replaced once."""
+        the turn again."""
         try:
-            for last in (False, True):
-                try:
-                    return self._prompt(turn), False
-                except KiroFailure as failure:
-                    self.link.let_go(at_once=not isinstance(failure, KiroRefusal))
-                    if last or not failure.again or turn.heard or turn.stop_at is not None:
-                        raise
-                    log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
-                    turn.ended, turn.end_by = False, math.inf
+            return self._prompt_or_again(turn), False
         except Stopped:
             begun = turn.turn_id is not None
             return ("⏹ Stopped." if begun else "⏹ Stopped before Kiro began."), not begun
@@ -1769,7 +1805,18 @@ class Conversation:
             if turn.stop_at is not None:
                 return "⏹ Stopped.", False
             return f"⚠️ {failure}{self.advice(failure)}", True
-        raise AssertionError("not reached")
+
+    def _prompt_or_again(self, turn: Turn, once_more: bool = True) -> str:
+        """Prompt; a process that fails before it said anything is replaced once."""
+        try:
+            return self._prompt(turn)
+        except KiroFailure as failure:
+            self.link.let_go(at_once=not isinstance(failure, KiroRefusal))
+            if not once_more or not failure.again or turn.heard or turn.stop_at is not None:
+                raise
+            log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
+        turn.ended, turn.end_by = False, math.inf
+        return self._prompt_or_again(turn, once_more=False)
 
     def advice(self, failure: KiroFailure) -> str:
         """Return what to do about it, when there is something more to say than to ask again."""
@@ -1804,6 +1851,12 @@ class Conversation:
             batch.append(incoming)
         return batch
 
+    def _move(self, batch: "list[Incoming]", turn: Turn) -> None:
+        """Make the messages that wait longest the turn's.  The lock is held."""
+        for _ in batch:
+            self.waiting.popleft()
+        turn.messages = batch
+
     def _take(self, kiro: Kiro, turn: Turn) -> None:
         """Turn waiting messages into the turn's prompt, and journal that it has begun."""
         self._wait_for_rest()
@@ -1813,9 +1866,8 @@ class Conversation:
             turn.prompt = self._compose(kiro, batch)
             with self.lock:
                 if all(old is now for old, now in zip(batch, self.waiting)):     # else one was edited meanwhile
-                    for _ in batch:
-                        self.waiting.popleft()
-                    turn.messages, self._burst_seen = batch, False
+                    self._move(batch, turn)
+                    self._burst_seen = False
                     break
         turn.turn_id = self._journal_begin(batch)
         if not batch[0].command:
@@ -1863,7 +1915,8 @@ class Conversation:
                 return self._ended(kiro, turn, {})
             self.link.check_alive(kiro, turn.prompted_at)
             self._pump(min(self._obey_stop(kiro, turn, now), self._watch_silence(kiro, turn, now),
-                           self._tend_permissions(turn, now), turn.end_by, now + min(DEAF_SECONDS, self.settings.silence_seconds) / 4))
+                           self._tend_permissions(turn, now), turn.end_by,
+                           now + min(DEAF_SECONDS, self.settings.silence_seconds) / 4))
         frame = kiro.responses.pop(request_id)
         if "error" in frame:
             self._ended(kiro, turn, {"stopReason": "error"})
@@ -1927,9 +1980,7 @@ class Conversation:
         try:
             if turn.turn_id is None:
                 with self.lock:
-                    turn.messages = self._batch()
-                    for _ in turn.messages:
-                        self.waiting.popleft()
+                    self._move(self._batch(), turn)
                 turn.turn_id = self.store.begin(self.user_id, self.thread_id, [m.update_id for m in turn.messages])
             self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], offer)
         except StoreError as error:
@@ -1949,7 +2000,8 @@ class Conversation:
             remarks.append(turn.trouble or "Kiro has finished without saying anything.")
         if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
             self.context_told = True
-            remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. /compact shortens it, /new starts afresh.")
+            remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. "
+                           "/compact shortens it, /new starts afresh.")
         notes, self._notes = self._notes, []
         parts = [plain_part("\n".join(notes))] if notes else []
         parts += self.chat.parts(text) if text else []
@@ -1982,6 +2034,7 @@ class Conversation:
             self.sending = False
 
     def _send_and_tick(self, turn_id: Optional[int], position: int, part: dict) -> None:
+        """Send a part, or in its place what its chat makes of it, and tick it off."""
         if part["kind"] == "file":
             refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
             if refusal:
@@ -2003,8 +2056,8 @@ class Conversation:
         unfinished = self.unfinished[0]
         try:
             if unfinished.state == "begun":
-                parts = self._card(unfinished)
-                self.store.answer(unfinished.turn_id, [json.dumps(part) for part in parts], offer=True)
+                card = self._card(unfinished)
+                self.store.answer(unfinished.turn_id, [json.dumps(part) for part in card], offer=True)
                 unfinished = unfinished._replace(state="answered", offer=True)
             parts = [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)]
         except StoreError as error:
@@ -2021,6 +2074,7 @@ class Conversation:
             self._pump(until)
 
     def _card(self, unfinished: UnfinishedTurn) -> "list[dict]":
+        """Return what Kiro had said, and the message that offers the turn again."""
         asked = []
         for row in self.store.messages_of(unfinished.turn_id):
             try:
@@ -2035,7 +2089,7 @@ class Conversation:
 
     # -- jobs and warm starts ------------------------------------------------------------------------------------------
 
-    def _serve_job(self, turn: Turn, job: "Callable[[Turn, Incoming], tuple[str, Optional[list]]]") -> None:
+    def _serve_job(self, turn: Turn, job: "Callable[[Turn, Incoming], tuple[str, Optional[Buttons]]]") -> None:
         """Do what is no prompt: /new, and /model when Kiro has to be asked."""
         with self.lock:
             incoming = self.waiting.popleft()
@@ -2057,18 +2111,15 @@ class Conversation:
         self.store.done(incoming.update_id)
 
     def _serve_new(self, turn: Turn, incoming: Incoming) -> "tuple[str, None]":
+        """Make a session now, not with the next message; return a text and no buttons."""
         turn.status = "Starting a new session…"
-        self.link.let_go()
-        self.link.start()
-        kiro = self.link.kiro
-        kiro.agent = self.link.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
-        self.link.new_session(kiro)
-        self.link.apply_model(kiro)
+        kiro = self.link.begin_anew()
         self._refusals.clear()
         model = self.store.get_model(self.user_id, self.thread_id)
         return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
 
-    def _serve_model(self, turn: Turn, incoming: Incoming) -> "tuple[str, Optional[list]]":
+    def _serve_model(self, turn: Turn, incoming: Incoming) -> "tuple[str, Optional[Buttons]]":
+        """Answer /model when Kiro has not told its models yet; return a text and buttons."""
         turn.status = "Asking Kiro for its models…"
         self.link.ready()
         return self.answer_model(incoming.argument)
@@ -2098,7 +2149,9 @@ class Conversation:
             if isinstance(detail, str) and detail not in "\n".join(lines):
                 lines.append(detail)
         text = in_plain_sight("\n".join(lines))
-        return text if utf16_length(text) <= QUESTION_LIMIT else text[:QUESTION_LIMIT // 2] + "\n… (the rest is too long to show)"
+        if utf16_length(text) <= QUESTION_LIMIT:
+            return text
+        return text[:QUESTION_LIMIT // 2] + "\n… (the rest is too long to show)"
 
     def _tend_permissions(self, turn: Turn, now: float) -> float:
         """Ask what has not been asked, refuse what was not answered in time; return when to look again."""
@@ -2115,6 +2168,7 @@ class Conversation:
         return look_again
 
     def _ask(self, permission: Permission) -> None:
+        """Put the question into the topic; when Telegram can't be reached, note when to try again."""
         buttons = [[(str(option.get("name") or option["optionId"]), f"ask:{permission.token}:{n}")]
                    for n, option in enumerate(permission.options)]
         try:
@@ -2143,9 +2197,9 @@ class Conversation:
 # Prompt: what a message says to Kiro
 # ======================================================================================================================
 
-LESSON = """[About this chat, from the bot that brings you these messages: the user reads your answers in Telegram on a phone, as \
-Markdown. To send a file from the working directory, write <send_file path="relative/path">caption</send_file> in the \
-answer itself, outside of any code; the tag is not shown.]"""
+LESSON = """[About this chat, from the bot that brings you these messages: the user reads your answers in Telegram on a \
+phone, as Markdown. To send a file from the working directory, write <send_file path="relative/path">caption</send_file> in \
+the answer itself, outside of any code; the tag is not shown.]"""
 UPLOADS = "uploads"
 IMAGE_BYTES = 3_700_000         # of one image block [acp 7]
 IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
@@ -2154,6 +2208,7 @@ NAME_LENGTH = 100               # bytes of a saved file's name
 DOWNLOAD_SECONDS = 15 * 60
 DOWNLOAD_CHUNK = 64 * 1024
 DOWNLOAD_LIMIT = 20 * 1024 * 1024       # of the official Bot API server [tg 4]
+DEFAULT_TYPES = {"voice": "audio/ogg", "video": "video/mp4", "video_note": "video/mp4", "audio": "audio/mpeg"}
 
 
 class Attachment(NamedTuple):
@@ -2209,7 +2264,8 @@ def origin(message: types.Message) -> str:
     source = message.forward_origin
     if source is None:
         return ""
-    user, chat = getattr(source, "sender_user", None), getattr(source, "sender_chat", None) or getattr(source, "chat", None)
+    user = getattr(source, "sender_user", None)
+    chat = getattr(source, "sender_chat", None) or getattr(source, "chat", None)
     name = user.full_name if user else chat.title if chat else getattr(source, "sender_user_name", None)
     return f"[Forwarded from {name or 'somebody'}]\n"
 
@@ -2283,9 +2339,6 @@ def file_of(message: types.Message) -> Optional[TelegramFile]:
     return TelegramFile(media.file_id, media.file_size or 0, name, False)
 
 
-DEFAULT_TYPES = {"voice": "audio/ogg", "video": "video/mp4", "video_note": "video/mp4", "audio": "audio/mpeg"}
-
-
 def file_id_of(message: types.Message) -> str:
     """Return the file_id of the message's file, or nothing."""
     file = file_of(message)
@@ -2351,23 +2404,13 @@ LINE_AT_MOST = 32 * 1024 * 1024
 STDERR_KEPT = 4000              # bytes
 END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
 TERM_SECONDS = 2                # from TERM to KILL
-LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to obey TERM
-REPLAY_SECONDS, QUIET_SECONDS = 1.0, 0.03
-JOURNAL_TRIES, JOURNAL_RETRY_SECONDS = 240, 15
+LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to end after TERM, and after KILL
 FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
 NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
 LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
                   r"(unknown|no such|invalid|missing) session|resource.not.found", re.I | re.S)
 RESOURCE_NOT_FOUND = -32002
-HISTORY_GONE = "⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The folder is as it was."
-STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
-                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
-                "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
-
-
-class KiroLocked(KiroFailure):
-    """Somebody else has the session."""
 
 
 class Models(NamedTuple):
@@ -2389,7 +2432,7 @@ class Kiro:
         self._bot, self._post = bot, post
         self.workspace = workspace
         self.mark = f"{os.getpid()}.{secrets.token_hex(6)}"
-        self.started_at = self.heard_at = self.wrote_at = time.monotonic()
+        self.heard_at = self.wrote_at = time.monotonic()
         self.agent: Optional[dict] = None        # its answer to initialize
         self.session_id = ""                     # once it is loaded
         self.models: Optional[Models] = None
@@ -2412,8 +2455,8 @@ class Kiro:
             if bot.closing.is_set():
                 raise Closing
             self._popen = subprocess.Popen(
-                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark), start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
+                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark),
+                start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
             self.pid = self._popen.pid
             bot.processes.add(self)
         self._reader = self._thread(self._read, "reader")
@@ -2501,7 +2544,7 @@ class Kiro:
             self.end(patience=0.5)
 
     def _take(self, line: bytes) -> None:
-        """Classify one frame: a response, a request, a notification, or junk [acp 2]."""
+        """Pass one frame on: a response, a request, a notification, or junk [acp 2]."""
         try:
             frame = json.loads(line)
         except (ValueError, RecursionError):
@@ -2603,11 +2646,11 @@ class Kiro:
         """The waiter: see the process and all it leaves behind to their end, give back its place, tell."""
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)      # not reaped yet: the pid is still its own
         self._reader.join(0.5)
-        for number, seconds in ((signal.SIGTERM, LEFTOVER_SECONDS), (signal.SIGKILL, LEFTOVER_SECONDS)):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             if not self._leftovers():
                 break
             self.signal(number, leftovers=True)
-            limit = time.monotonic() + seconds
+            limit = time.monotonic() + LEFTOVER_SECONDS
             while self._leftovers() and time.monotonic() < limit:
                 time.sleep(0.01)
         with self._lock:
@@ -2624,6 +2667,7 @@ class Kiro:
         self._post("exit", self)
 
     def _leftovers(self) -> "list[int]":
+        """Return the processes that this one has started and that still run."""
         return [pid for pid in related_processes(self.mark, self.pid) if pid != self.pid]
 
 
@@ -2858,20 +2902,20 @@ SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's o
 ANSWER_SECONDS = 24 * 3600      # and on a part of an answer; it stays in the journal after that
 FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
 FLOOD_AT_MOST = 24 * 3600
-ASK_RETRY_SECONDS = 5
 PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
 RICH_LIMIT = 32768              # characters [tg 2.1]
 RICH_SOURCE = 24000             # characters of Kiro's text in one rich message, before it is made safe
 RICH_LINES = 350                # each may become a block, of which there may be 500
 DRAFT_LIMIT = 4000
-QUESTION_LIMIT = 3500
 CAPTION_LIMIT = 1024
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW     # must not wait for a pipe's writer
 PHOTO_BYTES = 10 * 1024 * 1024
 UPLOAD_BYTES = 50 * 1024 * 1024
 LOCAL_UPLOAD_BYTES = 2000 * 1024 * 1024
-PART_SPACING = 1000             # as in the journal
+NO_PREVIEW = types.LinkPreviewOptions(is_disabled=True)
 TOPIC_GONE = "This topic is gone, so I answer here:"
+
+Buttons = list[list[tuple[str, str]]]   # rows of (label, data)
 
 
 class Refused(Exception):
@@ -3015,7 +3059,7 @@ class Telegram:
                 if time.monotonic() + error.seconds > limit:
                     raise Unreachable(str(error)) from error
             except (Unreachable, Unauthorized) as error:
-                delay = RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)]
+                delay = retry_delay(failures)
                 log.log(logging.DEBUG if failures else logging.WARNING, "%s: %s; trying again", method.__name__, error)
                 failures += 1
                 if time.monotonic() + delay > limit:
@@ -3060,13 +3104,18 @@ def plain_part(text: str) -> dict:
     return {"kind": "plain", "text": whole_characters(text)}
 
 
-def markup(buttons: "Optional[list]") -> Optional[types.InlineKeyboardMarkup]:
-    """Return an inline keyboard from rows of (label, data)."""
+def markup(buttons: Optional[Buttons]) -> Optional[types.InlineKeyboardMarkup]:
+    """Return an inline keyboard, or None for no buttons."""
     if not buttons:
         return None
-    rows = [[types.InlineKeyboardButton(whole_characters(label).strip()[:64] or "?", callback_data=data) for label, data in row]
-            for row in buttons]
+    rows = [[types.InlineKeyboardButton(whole_characters(label).strip()[:64] or "?", callback_data=data)
+             for label, data in row] for row in buttons]
     return types.InlineKeyboardMarkup(rows)
+
+
+def retry_delay(failures: int) -> float:
+    """Return for how many seconds to wait after another failure, when so many came before it in a row."""
+    return RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)]
 
 
 def retry_after(answer: dict) -> float:
@@ -3106,11 +3155,11 @@ class Chat:
         """Send a file of the workspace; return why not, or nothing."""
         raise NotImplementedError
 
-    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+    def say(self, text: str, buttons: Optional[Buttons] = None) -> None:
         """Send a message of the bot's own."""
         raise NotImplementedError
 
-    def ask(self, text: str, buttons: list) -> int:
+    def ask(self, text: str, buttons: Buttons) -> int:
         """Send a question once; return its message_id.  Raises Refused, Unreachable, TooManyRequests."""
         raise NotImplementedError
 
@@ -3148,8 +3197,9 @@ class Topic(Chat):
         """Send a frame, once: the next one is soon due, and an answer never waits for it."""
         text = "\n\n".join(filter(None, [tail(said, DRAFT_LIMIT - 300), tail(status, 200)])) or "…"
         try:
-            self._telegram.call(apihelper.send_message_draft, self._user_id, draft_id, whole_characters(text), chat=self._user_id,
-                                message_thread_id=self._thread_id or None, can_stop=True, keep_on_stop=True)
+            self._telegram.call(apihelper.send_message_draft, self._user_id, draft_id, whole_characters(text),
+                                chat=self._user_id, message_thread_id=self._thread_id or None, can_stop=True,
+                                keep_on_stop=True)
         except (Refused, Unreachable, TooManyRequests) as error:
             log.debug("A frame was not shown: %s", error)
 
@@ -3195,9 +3245,9 @@ class Topic(Chat):
             log.error("Nor can that be said to %s: %s", self._user_id, error)
         return []
 
-    def _post_plain(self, text: str, buttons: "Optional[list]" = None, seconds: float = ANSWER_SECONDS) -> Any:
-        return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds, reply_markup=markup(buttons),
-                          link_preview_options=types.LinkPreviewOptions(is_disabled=True))
+    def _post_plain(self, text: str, buttons: Optional[Buttons] = None, seconds: float = ANSWER_SECONDS) -> Any:
+        return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds,
+                          reply_markup=markup(buttons), link_preview_options=NO_PREVIEW)
 
     def _post(self, method: "Callable[..., Any]", content: Any, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
         """Send into the topic; when it was deleted, to the chat itself, and say so."""
@@ -3213,20 +3263,20 @@ class Topic(Chat):
             insist(apihelper.send_message, self._user_id, TOPIC_GONE, chat=self._user_id, seconds=seconds)
         return insist(method, self._user_id, rewound(content), chat=self._user_id, seconds=seconds, **kwargs)
 
-    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+    def say(self, text: str, buttons: Optional[Buttons] = None) -> None:
         pieces = list(split_text(whole_characters(text), PLAIN_LIMIT, utf16_length))
         for n, piece in enumerate(pieces, 1):
             self._post_plain(piece, buttons if n == len(pieces) else None, seconds=SAY_SECONDS)
 
-    def ask(self, text: str, buttons: list) -> int:
+    def ask(self, text: str, buttons: Buttons) -> int:
         if self._pace.closed_for():
             raise TooManyRequests(self._pace.closed_for())
         return self._post_plain(text, buttons, seconds=0)["message_id"]
 
     def settle(self, message_id: int, text: str) -> None:
         try:
-            self._telegram.insist(apihelper.edit_message_text, tail(text, PLAIN_LIMIT), chat_id=self._user_id, message_id=message_id,
-                                  chat=self._user_id, link_preview_options=types.LinkPreviewOptions(is_disabled=True))
+            self._telegram.insist(apihelper.edit_message_text, tail(text, PLAIN_LIMIT), chat_id=self._user_id,
+                                  message_id=message_id, chat=self._user_id, link_preview_options=NO_PREVIEW)
         except Refused as refusal:             # deleted, or already as it should be
             log.debug("A message could not be edited: %s", refusal)
 
@@ -3275,13 +3325,14 @@ class Topic(Chat):
 
 def send_photo(token: str, chat_id: int, file: IO[bytes], **kwargs: Any) -> Any:
     """telebot's, with the file's name made safe for its unquoted headers [tg 4]; from the start on each try."""
-    return apihelper.send_photo(token, chat_id, (harmless_name(os.path.basename(file.name)), rewound(file)), **kwargs)
+    name = harmless_name(os.path.basename(file.name))
+    return apihelper.send_photo(token, chat_id, (name, rewound(file)), **kwargs)
 
 
 def send_document(token: str, chat_id: int, file: IO[bytes], **kwargs: Any) -> Any:
     """The same for any file."""
-    return apihelper.send_data(token, chat_id, rewound(file), "document", visible_file_name=harmless_name(os.path.basename(file.name)),
-                               **kwargs)
+    name = harmless_name(os.path.basename(file.name))
+    return apihelper.send_data(token, chat_id, rewound(file), "document", visible_file_name=name, **kwargs)
 
 
 def rewound(content: Any) -> Any:
@@ -3333,7 +3384,8 @@ FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?:"(?P<double>[^"<>\n]*)"|'(?
 CUT_TAG = re.compile(r"<send_file\s+path\s*=[^<>]*\Z")
 TAG_START, TAG_END = "<send_file", "</send_file>"
 MARKDOWN = re.compile(r"""
-    ^[ ]{0,3}(?:\#{1,6}\s | [-*+]\s+\S | \d{1,9}[.)]\s+\S | >\s?\S | `{3} | ~{3} | \|.*\|[ \t]*$ | (?:-{3,}|\*{3,}|_{3,})[ \t]*$)
+    ^[ ]{0,3}(?:\#{1,6}\s | [-*+]\s+\S | \d{1,9}[.)]\s+\S | >\s?\S | `{3} | ~{3} | \|.*\|[ \t]*$
+        | (?:-{3,}|\*{3,}|_{3,})[ \t]*$)
     | `[^`\n]+` | \*\*\S | (?<!\w)__\S | ~~\S | (?<![\w*])\*[^\s*][^*\n]*\*(?!\w) | (?<!\w)_[^\s_][^_\n]*_(?!\w)
     | \[[^\[\]\n]{0,1000}\]\([^()\n]{1,1000}\)""", re.M | re.X)
 PROSE = re.compile(FENCE + "|" + r"""
@@ -3368,7 +3420,8 @@ def whole_characters(text: str) -> str:
 
 def in_plain_sight(text: str) -> str:
     """Return the text with characters spelled out that show nothing, or turn the direction of what follows."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in whole_characters(text))
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}"
+                   for c in whole_characters(text))
 
 
 def tail(text: str, limit: int) -> str:
@@ -3377,7 +3430,7 @@ def tail(text: str, limit: int) -> str:
         return text
     end = text[-limit + 1:]
     while utf16_length(end) > limit - 1:
-        end = end[utf16_length(end) - limit + 1:] if end.isascii() else end[max(1, (utf16_length(end) - limit) // 2):]
+        end = end[max(1, (utf16_length(end) - limit) // 2):]
     line = end.find("\n")
     return "…" + (end[line + 1:] if 0 <= line < len(end) // 2 else end)
 
@@ -3486,7 +3539,7 @@ def best_cut(piece: "list[str]", fences: "list[str]") -> int:
 
 def fenced(lines: "list[str]", before: str, after: str) -> "Iterator[str]":
     """Yield the lines as one piece, its code block opened and closed if it is cut through; nothing for blank ones."""
-    body = "".join(lines).strip("\n") if not before else "".join(lines).rstrip("\n")
+    body = "".join(lines).rstrip("\n") if before else "".join(lines).strip("\n")
     if not body.strip():
         return
     opening = (before if len(before) <= 40 else fence_mark(before)) + "\n" if before else ""
@@ -3527,7 +3580,7 @@ def safe_prose(text: str) -> str:
 
 
 def _safe_token(match: "re.Match[str]") -> str:
-    kind = match.lastgroup
+    """Return what stands for one match of PROSE; code and escapes stay as they are."""
     if match["link"]:
         return _safe_link(match["label"], match["target"])
     if match["definition"]:
@@ -3537,13 +3590,12 @@ def _safe_token(match: "re.Match[str]") -> str:
     if match["auto"]:
         return _safe_link("", match["auto"])
     if match["url"]:
-        url = match["url"].rstrip(".,;:!?'*_)") if ")" not in match["url"] or "(" not in match["url"] else match["url"].rstrip(".,;:!?'*_")
+        url = match["url"].rstrip(".,;:!?'*_" if "(" in match["url"] else ".,;:!?'*_)")     # what ends the sentence
         return _safe_link("", url) + match["url"][len(url):]
     if match["tag"]:
         return match["tag"].replace("#", "\\#", 1)
     if match["mark"]:
         return _safe_mark(match)
-    assert kind                                # code and escapes stay as they are
     return match[0]
 
 
@@ -3601,14 +3653,13 @@ class StartError(Exception):
     """The bot can't run; the text is one line that says why."""
 
 
-def lock_folder(folder: Path) -> int:
-    """Make sure that this is the folder's only bot; return the descriptor that holds the lock.  Raises StartError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def lock_folder(folder: Path) -> None:
+    """Make sure that this is the folder's only bot, until the program ends.  Raises StartError."""
+    descriptor = os.open(folder, os.O_RDONLY)      # never closed: it holds the lock
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise StartError(f"Another bot is running in {folder}") from error
-    return descriptor
 
 
 def make_folder(settings: Settings) -> None:
@@ -3638,7 +3689,7 @@ def kiro_version(settings: Settings) -> str:
     if program is None:
         raise StartError(f"KIRO_COMMAND: {settings.kiro_command[0]} is not found; install Kiro CLI or name it by its path")
     if "kiro-cli" not in os.path.basename(program):
-        return f"{' '.join(settings.kiro_command)}"
+        return " ".join(settings.kiro_command)
     try:
         result = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=VERSION_SECONDS,
                                 stdin=subprocess.DEVNULL, env=child_environment(settings, "version"))
@@ -3658,7 +3709,7 @@ def get_me(telegram: Telegram, seconds: float) -> dict:
                 raise SettingsError("BOT_TOKEN is not accepted by Telegram: get the current one from @BotFather") from refusal
             raise StartError(f"Telegram refuses: {refusal}") from refusal
         except (Unreachable, TooManyRequests) as error:
-            delay = getattr(error, "seconds", RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
+            delay = getattr(error, "seconds", retry_delay(failures))
             if time.monotonic() + delay > limit:
                 raise StartError(f"Telegram can't be reached at TELEGRAM_API_URL: {error}") from error
             log.log(logging.DEBUG if failures else logging.WARNING, "Telegram can't be reached: %s; trying again", error)
@@ -3715,7 +3766,7 @@ def run(bot: Bot) -> None:
 
 
 def announce(bot: Bot) -> None:
-    """Say in one line each what was found.  Raises SettingsError, StartError."""
+    """Say in one line each what was found, waiting for Telegram.  Raises SettingsError, StartError, StoreError, Closing."""
     settings = bot.settings
     try:
         log.info("Kiro: %s", kiro_version(settings))
@@ -3739,10 +3790,10 @@ def purge(store: SessionStore) -> None:
         log.error("Old messages can't be purged: %s", error)
 
 
-def open_store(path: "Path | str") -> SessionStore:
+def open_store(path: Path, kind: "type[SessionStore]" = SessionStore) -> SessionStore:
     """Return the database.  Raises StartError."""
     try:
-        return SessionStore(str(path))
+        return kind(str(path))
     except StoreError as error:
         raise StartError(f"The database {path} can't be used: {error}") from error
 
@@ -3754,8 +3805,7 @@ class Terminal(Chat):
 
     def __init__(self) -> None:
         self._shown = ""                       # of the present answer
-        self.question: "Optional[tuple[str, list]]" = None     # an open permission request: its text, its buttons
-        self.buttons: "list[tuple[str, str]]" = []             # of the last message
+        self.question: Optional[Buttons] = None     # the buttons of an open permission request
 
     def frame_wait(self, last: Optional[float], now: float) -> float:
         return max(0.0, last + 0.05 - now) if last else 0
@@ -3784,15 +3834,15 @@ class Terminal(Chat):
             return f"it can't be read: {error.strerror or error}"
         return ""
 
-    def say(self, text: str, buttons: "Optional[list]" = None) -> None:
+    def say(self, text: str, buttons: Optional[Buttons] = None) -> None:
         print(text, flush=True)
 
-    def ask(self, text: str, buttons: list) -> int:
+    def ask(self, text: str, buttons: Buttons) -> int:
         print("\n" + text)
         for n, [(label, _)] in enumerate(buttons, 1):
             print(f"  {n}. {label}")
         print(f"Choose 1-{len(buttons)}: ", end="", flush=True)
-        self.question = text, buttons
+        self.question = buttons
         return 1
 
     def settle(self, message_id: int, text: str) -> None:
@@ -3833,6 +3883,7 @@ class Console:
                 self._handle(line.strip())
 
     def _handle(self, line: str) -> None:
+        """Do as `Commands.route` does, but print, and return only when the answer is there."""
         self._count += 1
         message = types.Message.de_json({
             "message_id": self._count, "date": 0, "text": line, "chat": {"id": CONSOLE_USER, "type": "private"}})
@@ -3859,11 +3910,12 @@ class Console:
             try:
                 time.sleep(0.01)
                 if self._terminal.question:
-                    self._decide(*self._terminal.question)
+                    self._decide(self._terminal.question)
             except KeyboardInterrupt:
                 self._conversation.stop()
 
-    def _decide(self, text: str, buttons: list) -> None:
+    def _decide(self, buttons: Buttons) -> None:
+        """Read the number of a button, and press it."""
         self._terminal.question = None
         try:
             answer = input()
@@ -3895,10 +3947,7 @@ class ConsoleStore(SessionStore):
 def console(settings: Settings) -> int:
     """Run the console; return the exit status."""
     make_folder(settings)
-    try:
-        store = ConsoleStore(str(settings.folder / DATABASE))
-    except StoreError as error:
-        raise StartError(f"The database {settings.folder / DATABASE} can't be used: {error}") from error
+    store = open_store(settings.folder / DATABASE, ConsoleStore)
     logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
     with store:
         bot = Bot(settings, store)
@@ -3982,8 +4031,9 @@ def check_locks(settings: Settings) -> str:
 
 def main(arguments: "list[str]") -> int:
     """Run what the command line asks for; return the exit status: 2 for a bad setting."""
-    parser = argparse.ArgumentParser(prog="bot.py", description="A Telegram bot that gives every topic of a private chat its own "
-                                     "Kiro CLI session. Settings are read from ./.env and the environment (see README.md).")
+    parser = argparse.ArgumentParser(
+        prog="bot.py", description="A Telegram bot that gives every topic of a private chat its own Kiro CLI session. "
+                                   "Settings are read from ./.env and the environment (see README.md).")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="try everything once, say what was found, exit 0 or 1")
     modes.add_argument("--console", action="store_true", help="talk to Kiro in this terminal, without Telegram")
@@ -4000,7 +4050,10 @@ def main(arguments: "list[str]") -> int:
 
 
 def load_settings(folder: Path, need_token: bool) -> Settings:
-    """Read `.env` and the environment, which wins.  The token is taken out of it, so that no child inherits it."""
+    """Read `.env` and the environment, which wins; take the token out of it, so that no child inherits it.
+
+    Raises SettingsError.
+    """
     try:
         if (folder / ".env").exists():
             check_syntax(folder / ".env")
@@ -4013,7 +4066,10 @@ def load_settings(folder: Path, need_token: bool) -> Settings:
 
 
 def check_syntax(path: Path) -> None:
-    """Make sure that dotenv understands each line, where it would only warn.  Raises SettingsError, OSError, UnicodeDecodeError."""
+    """Make sure that dotenv understands each line, where it would only warn.
+
+    Raises SettingsError, OSError, UnicodeDecodeError.
+    """
     with open(path, encoding="utf-8") as file:
         for binding in parse_stream(file):
             if binding.error:

@@ -99,7 +99,8 @@ JOIN_TURN = "UPDATE inbox SET turn_id = ?, state = 'begun', changed_at = ? WHERE
 TURN_STATE = "UPDATE inbox SET state = ?, changed_at = ? WHERE turn_id = ?"
 MESSAGE_DONE = "UPDATE inbox SET state = 'done', changed_at = ? WHERE update_id = ?"
 UNFINISHED = """
-SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial, turns.offer FROM turns JOIN inbox USING (turn_id)
+SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial, turns.offer
+FROM turns JOIN inbox USING (turn_id)
 WHERE inbox.state IN ('begun', 'answered') GROUP BY turns.turn_id ORDER BY turns.turn_id
 """
 KEEP_PARTIAL = "UPDATE turns SET partial = ? WHERE turn_id = ?"

@@ -101,24 +101,22 @@ class Wire:
 class Habits:
     """`habits.json` of the control folder: read at the start and again when a prompt arrives.
 
-    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, set_mode, prompt,
-    cancel) and is then a mishap or a list of mishaps, or it is one of:
+    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, prompt, cancel) and is then a mishap or a list of mishaps, or it is one of:
 
         two_processes      true: the agent is a child of the process that was started, as with `kiro-cli`
         ignore_stdin_end   true        ignore_term        true        slow_exit   seconds until the lock is freed
         unknown_session    "error" (default), "exit", "hang" or "accept" at session/load
-        stale_lock         "stays" (default) or "freed" when the pid in a lock is dead
         replay             "before" (default) or "after" the response to session/load
-        auth_methods       a list     image   false: not in promptCapabilities     load_session   false
+        image   false: not in promptCapabilities     load_session   false
         dialect            "models" (default), "config", "grouped", "both" or "none": how models are told
-        models             a list of ids      unknown_model   "error" (default) or "accept"
+        models             a list of ids
         forget_model       true: session/load reports `auto`      agent_not_found   true: says so
         permission_ids     "hyphens": allow-once           refusal   "cancelled": a refused tool ends the turn
 
     A mishap is an object with any of `delay` (seconds), `gate` (name), `stderr` (text), `junk` (true),
     `big_line` (kB), `kill` (true), `exit` (code), `error` (code, with `message` and `data`), `hang` (true: no
-    answer), `deaf` (true: nothing is read from stdin after this step), `stop_reason` (for cancel) and `times`
-    (only so often, over all processes).
+    answer; of a cancel, the only one), `deaf` (true: nothing is read from stdin after this step) and `times` (only
+    so often, over all processes).
     """
 
     def __init__(self, control):
@@ -183,14 +181,6 @@ def sessions_folder():
     return folder
 
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        return True
-    except OSError:
-        return False
-
-
 class Session:
     """One conversation on disk: ID.json (its settings), ID.jsonl (its ended turns), ID.lock (who has it)."""
 
@@ -205,7 +195,7 @@ class Session:
 
     def create(self, cwd):
         self.settings = {"session_id": self.id, "cwd": cwd, "created_at": now(),
-                         "model": "auto", "mode": "kiro_default", "context": 1.5, "allowed": []}
+                         "model": "auto", "context": 1.5, "allowed": []}
         self.save()
         open(self.base + ".jsonl", "a").close()
 
@@ -230,23 +220,17 @@ class Session:
         with open(self.base + ".jsonl", "a") as file:
             file.writelines(json.dumps(update) + "\n" for update in updates)
 
-    def lock(self, free_stale):
+    def lock(self):
         """Take the session for this process; a lock outlives its process unless that ended cleanly."""
         try:
             lock = os.open(self.base + ".lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
-            return self.take_over(free_stale)
+            holder = self.lock_holder()
+            if holder != os.getpid():
+                raise internal_error(f"Failed to start session: Session is active in another process (PID {holder})") from None
+            return
         os.write(lock, json.dumps({"pid": os.getpid(), "started_at": now()}).encode())
         os.close(lock)
-
-    def take_over(self, free_stale):
-        holder = self.lock_holder()
-        if holder == os.getpid():
-            return
-        if not free_stale or alive(holder):
-            raise internal_error(f"Failed to start session: Session is active in another process (PID {holder})")
-        self.unlock()
-        self.lock(free_stale)
 
     def lock_holder(self):
         try:
@@ -402,12 +386,8 @@ class Agent:
         session = self.sessions.get(params.get("sessionId"))
         if frame["method"] != "session/cancel" or session is None:
             return self.wire.note("violation", f"{frame['method']}: unknown notification or session")
-        mishaps = self.habits.mishaps("cancel")
-        turn = session.turn
-        if turn and not any("hang" in mishap for mishap in mishaps):
-            delay = sum(mishap.get("delay", 0) for mishap in mishaps)
-            reason = next((mishap["stop_reason"] for mishap in mishaps if "stop_reason" in mishap), "cancelled")
-            threading.Timer(delay, turn.cancel, [reason]).start() if delay else turn.cancel(reason)
+        if session.turn and not any("hang" in mishap for mishap in self.habits.mishaps("cancel")):
+            session.turn.cancel()
 
     def take_request(self, frame):
         """Start the answer; a prompt's turn is known at once, so that a cancel right behind it finds it."""
@@ -488,7 +468,7 @@ class Agent:
                 "sessionCapabilities": {},
                 "auth": {},
             },
-            "authMethods": self.habits.get("auth_methods", []),
+            "authMethods": [],
             "agentInfo": {"name": "Kiro CLI Agent", "title": "Stand-in for the Kiro CLI Agent", "version": "2.19.0"},
         })
 
@@ -548,22 +528,12 @@ class Agent:
         self.choose_model(session, field(params, "value", str))
         self.respond(request_id, {"configOptions": self.config_options(session)})
 
-    def session_set_mode(self, request_id, params):
-        session = self.session(params)
-        mode = field(params, "modeId", str)
-        if mode not in MODES:
-            raise internal_error(f"Mode '{mode}' not found")
-        session.settings["mode"] = mode
-        session.save()
-        self.respond(request_id, {})
-
     METHODS = {
         "initialize": initialize,
         "session/new": session_new,
         "session/load": session_load,
         "session/set_model": session_set_model,
         "session/set_config_option": session_set_config_option,
-        "session/set_mode": session_set_mode,
     }
 
     # -- what they share
@@ -582,7 +552,7 @@ class Agent:
         return cwd
 
     def hold(self, session):
-        session.lock(free_stale=self.habits.get("stale_lock") == "freed")
+        session.lock()
         self.sessions[session.id] = session
 
     def replay(self, session):
@@ -606,7 +576,7 @@ class Agent:
         return self.habits.get("models", MODELS)
 
     def choose_model(self, session, model):
-        if model not in self.models() and self.habits.get("unknown_model") != "accept":
+        if model not in self.models():
             raise internal_error(f"The model '{model}' is not available")
         session.settings["model"] = model
         session.save()
@@ -615,7 +585,7 @@ class Agent:
         """The modes and models that a session has, in the dialect that is spoken."""
         dialect = self.habits.get("dialect", "models")
         modes = [{"id": mode, "name": mode, "description": f"The agent {mode}"} for mode in MODES]
-        told = {"modes": {"currentModeId": session.settings["mode"], "availableModes": modes}}
+        told = {"modes": {"currentModeId": MODES[0], "availableModes": modes}}
         if dialect in ("models", "both"):
             models = [{"modelId": model, "name": model, "description": f"About {model}"} for model in self.models()]
             told["models"] = {"currentModelId": session.settings["model"], "availableModels": models}
@@ -632,7 +602,7 @@ class Agent:
         modes = [{"value": mode, "name": mode} for mode in MODES]
         return [
             {"id": "model", "name": "Agent", "category": "mode", "type": "select",
-             "currentValue": session.settings["mode"], "options": modes},
+             "currentValue": MODES[0], "options": modes},
             {"id": "autopilot", "name": "Autopilot", "type": "boolean", "currentValue": False},
             {"id": "llm", "name": "Model", "category": "model", "type": "select",
              "currentValue": session.settings["model"], "options": models},
@@ -684,25 +654,6 @@ JUNK = [
     b'{"jsonrpc":"2.0","method":17,"params":{}}',
 ]
 
-SAMPLE = """\
-## A table
-
-| name | what it is |
-|:-----|-----------:|
-| turn | one prompt and its answer |
-| draft | what is shown while it grows |
-
-Some **bold** and *italic* text, `code`, and a list:
-
-- one
-- two
-
-```python
-def answer():
-    return 42
-```
-"""
-
 DEMO = """\
 You wrote: **{text}**
 
@@ -753,7 +704,6 @@ class Turn:
         self.request_id = request_id
         self.prompt = prompt
         self.cancelled = threading.Event()
-        self.cancel_reason = "cancelled"
         self.reply = None  # the Reply that is waited for
         self.tool = None  # the tool call that runs
         self.updates = []  # for the history
@@ -828,8 +778,7 @@ class Turn:
         asked = [{"sessionUpdate": "user_message_chunk", "content": block} for block in self.prompt]
         self.session.remember(asked + list(coalesced(self.updates)))
 
-    def cancel(self, reason):
-        self.cancel_reason = reason
+    def cancel(self):
         self.cancelled.set()
         if self.reply:
             self.reply.arrived.set()
@@ -837,7 +786,7 @@ class Turn:
     def pause(self, seconds):
         """Wait, but not beyond a cancel."""
         if self.cancelled.wait(seconds) if seconds else self.cancelled.is_set():
-            raise TurnOver(self.cancel_reason)
+            raise TurnOver("cancelled")
 
     def wait_for_reply(self, method, params):
         """The client's response to a request of ours."""
@@ -880,10 +829,6 @@ class Turn:
         name, *size = name_and_size.split()
         with open(os.path.join(self.agent.control or "", name), encoding="utf-8", newline="") as file:
             self.stream(file.read(), int(size[0]) if size else 20, 0)
-
-    def do_markdown(self, _):
-        """`!markdown`: some Markdown with a table, a list and a code block."""
-        self.stream(SAMPLE, 20, 0)
 
     def do_recall(self, _):
         """`!recall`: what was asked in this session's earlier turns."""
@@ -940,11 +885,6 @@ class Turn:
         self.tool = {"sessionUpdate": "tool_call", "toolCallId": "tooluse_" + new_id(), "title": title, "kind": kind,
                      "rawInput": subject, "_meta": {"kiro": {"toolName": "shell" if kind == "execute" else kind}}}
         self.update(self.tool)
-
-    def do_tool_output(self, text):
-        """`!tool_output TEXT`: something that the running tool printed."""
-        content = [{"type": "content", "content": text_block(text)}]
-        self.update({"sessionUpdate": "tool_call_update", "toolCallId": self.tool["toolCallId"], "content": content})
 
     def do_tool_done(self, status):
         """`!tool_done [failed]`: the running tool ends."""
@@ -1332,32 +1272,26 @@ def soft_breaks(lines, rows):
 
 TARGET = {"chat_id": int, "message_thread_id": int}
 SENDING = {**TARGET, "disable_notification": bool, "protect_content": bool, "message_effect_id": str,
-           "reply_parameters": dict, "reply_markup": dict}
+           "reply_markup": dict}
 TEXT = {"text": str, "parse_mode": str, "entities": list}
 CAPTION = {"caption": str, "parse_mode": str, "caption_entities": list}
 PARAMETERS = {
     "getMe": {},
     "getUpdates": {"offset": int, "limit": int, "timeout": int, "allowed_updates": list},
     "deleteWebhook": {"drop_pending_updates": bool},
-    "getWebhookInfo": {},
     "setMyCommands": {"commands": list, "scope": dict, "language_code": str},
     "sendMessage": {**SENDING, **TEXT, "link_preview_options": dict},
     "sendMessageDraft": {**TARGET, **TEXT, "draft_id": int, "can_stop": bool, "keep_on_stop": bool},
     "sendRichMessage": {**SENDING, "rich_message": dict},
-    "sendPhoto": {**SENDING, **CAPTION, "photo": str, "has_spoiler": bool, "show_caption_above_media": bool},
-    "sendDocument": {**SENDING, **CAPTION, "document": str, "disable_content_type_detection": bool},
-    "sendChatAction": {**TARGET, "action": str},
+    "sendPhoto": {**SENDING, **CAPTION, "has_spoiler": bool, "show_caption_above_media": bool},
+    "sendDocument": {**SENDING, **CAPTION, "disable_content_type_detection": bool},
     "editMessageText": {"chat_id": int, "message_id": int, **TEXT, "link_preview_options": dict,
-                        "reply_markup": dict, "rich_message": dict},
-    "editMessageReplyMarkup": {"chat_id": int, "message_id": int, "reply_markup": dict},
+                        "reply_markup": dict},
     "answerCallbackQuery": {"callback_query_id": str, "text": str, "show_alert": bool, "url": str, "cache_time": int},
     "setMessageReaction": {"chat_id": int, "message_id": int, "reaction": list, "is_big": bool},
     "getFile": {"file_id": str},
-    "createForumTopic": {"chat_id": int, "name": str, "icon_color": int, "icon_custom_emoji_id": str},
-    "editForumTopic": {**TARGET, "name": str, "icon_custom_emoji_id": str},
-    "deleteForumTopic": TARGET,
 }
-REQUIRED = {"chat_id", "draft_id", "message_id", "callback_query_id", "file_id", "action", "commands"}
+REQUIRED = {"chat_id", "draft_id", "message_id", "callback_query_id", "file_id", "commands"}
 EXPECTED_UPDATES = {"message", "edited_message", "callback_query", "stopped_message_generation"}
 CONFLICT = "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
 NOT_MODIFIED = ("message is not modified: specified new message content and reply markup are exactly the same "
@@ -1365,8 +1299,6 @@ NOT_MODIFIED = ("message is not modified: specified new message content and repl
 REACTIONS = set(
     "👍 👎 ❤ 🔥 🥰 👏 😁 🤔 🤯 😱 🤬 😢 🎉 🤩 🤮 💩 🙏 👌 🕊 🤡 🥱 🥴 😍 🐳 🌚 🌭 💯 🤣 ⚡ 🍌 🏆 💔 🤨 "
     "😐 🍓 🍾 💋 😈 😴 😭 🤓 👻 👀 🎃 🙈 😇 😨 🤝 ✍ 🤗 🫡 🎅 🎄 ☃ 💅 🤪 🗿 🆒 💘 🙉 🦄 😘 💊 🙊 😎 👾 🤷 😡".split())
-ACTIONS = {"typing", "upload_photo", "upload_document", "upload_video", "record_voice", "upload_voice",
-           "choose_sticker", "find_location", "record_video", "record_video_note", "upload_video_note"}
 MEGABYTE = 2**20
 
 
@@ -1470,7 +1402,7 @@ class BotApi:
             data = button.get("callback_data", "")
             if not button.get("text", "").strip():
                 raise bad_request("inline keyboard button text must be non-empty")
-            if not 1 <= len(data.encode()) <= 64 and "url" not in button:
+            if not 1 <= len(data.encode()) <= 64:
                 raise bad_request("BUTTON_DATA_INVALID")
 
     def send(self, params, **content):
@@ -1479,10 +1411,6 @@ class BotApi:
         thread = params.get("message_thread_id")
         if thread is not None and (chat["id"], thread) not in self.topics:
             raise bad_request("message thread not found")
-        reply = params.get("reply_parameters") or {}
-        if reply and not reply.get("allow_sending_without_reply") and (
-                (chat["id"], reply.get("message_id")) not in self.messages):
-            raise bad_request("message to be replied not found")
         message = {"message_id": self.next_id(), "from": self.ME, "chat": chat, "date": int(time.time()), **content}
         if thread is not None:
             message.update(message_thread_id=thread, is_topic_message=True)
@@ -1493,11 +1421,9 @@ class BotApi:
         return dict(message)
 
     def upload(self, call, name, largest):
-        """The bytes that come with a call, or those of a file that is known already."""
+        """The bytes that come with a call."""
         if name in call.files:
             data = call.files[name][1]
-        elif call.params.get(name) in self.files:
-            data = self.files[call.params[name]][1]
         else:
             raise bad_request(f"there is no {name} in the request")
         if not data:
@@ -1521,9 +1447,6 @@ class BotApi:
 
     def deleteWebhook(self, call):
         return True
-
-    def getWebhookInfo(self, call):
-        return {"url": "", "has_custom_certificate": False, "pending_update_count": len(self.pending)}
 
     def setMyCommands(self, call):
         for command in call.params["commands"]:
@@ -1604,12 +1527,6 @@ class BotApi:
         self.check_text(caption, 1024, "message caption is too long")
         return {"caption": caption} if caption else {}
 
-    def sendChatAction(self, call):
-        self.chat(call.params)
-        if call.params["action"] not in ACTIONS:
-            raise bad_request("wrong parameter action in request")
-        return True
-
     def setMessageReaction(self, call):
         if (call.params["chat_id"], call.params["message_id"]) not in self.messages:
             raise bad_request("message to react not found")
@@ -1620,19 +1537,11 @@ class BotApi:
 
     def editMessageText(self, call):
         message = self.own_message(call.params)
-        rich, text = call.params.get("rich_message"), call.params.get("text", "")
-        if rich:
-            self.check_rich(rich)
-            text = rich.get("markdown", "")
-        elif not text.strip():
+        text = call.params.get("text", "")
+        if not text.strip():
             raise bad_request("message text is empty")
-        else:
-            self.check_text(text)
+        self.check_text(text)
         return self.edited(message, text, call.params.get("reply_markup"))
-
-    def editMessageReplyMarkup(self, call):
-        message = self.own_message(call.params)
-        return self.edited(message, message.get("text"), call.params.get("reply_markup"))
 
     def edited(self, message, text, markup):
         """Change a message; without a keyboard in the call it has none any more."""
@@ -1665,23 +1574,6 @@ class BotApi:
             raise bad_request("file is too big")
         return {"file_id": call.params["file_id"], "file_unique_id": path, "file_size": size, "file_path": path}
 
-    def createForumTopic(self, call):
-        chat, thread = self.chat(call.params), self.next_id()
-        if not 1 <= len(call.params.get("name", "")) <= 128:
-            raise bad_request("TOPIC_NAME_INVALID")
-        self.topics.add((chat["id"], thread))
-        return {"message_thread_id": thread, "name": call.params["name"], "icon_color": 7322096}
-
-    def editForumTopic(self, call):
-        if (call.params["chat_id"], call.thread) not in self.topics:
-            raise bad_request("TOPIC_ID_INVALID")
-        return True
-
-    def deleteForumTopic(self, call):
-        self.editForumTopic(call)
-        self.topics.remove((call.params["chat_id"], call.thread))
-        return True
-
 
 # ---------------------------------------------------------------------------------------------------------
 # The stand-in Telegram: HTTP
@@ -1692,8 +1584,6 @@ def form_fields(content_type, body):
     """The (parameters, files) of a request's body."""
     if not body:
         return {}, {}
-    if content_type.startswith("application/json"):
-        return json.loads(body), {}
     if content_type.startswith("application/x-www-form-urlencoded"):
         return dict(urllib.parse.parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=True)), {}
     if content_type.startswith("multipart/form-data"):
@@ -2024,14 +1914,6 @@ class Telegram(BotApi):
         if text.startswith("/"):
             fields["entities"] = [{"type": "bot_command", "offset": 0, "length": len(text.split()[0])}]
         return self.post(user, thread, text=text, **fields)
-
-    def create_topic(self, name, user=ALICE):
-        """Start a topic as a client does when something is written in the root; returns its number."""
-        with self.changed:
-            thread = self.next_id()
-            created = {"name": name, "icon_color": 7322096, "is_name_implicit": True}
-            self.post(user, thread, forum_topic_created=created)
-        return thread
 
     def edit(self, message, text):
         """Change the text (or the caption) of a message that somebody wrote."""
@@ -2680,7 +2562,7 @@ class Spares:
         self.folders, self.pool, self.next = folders, ThreadPoolExecutor(1), None
 
     def make(self):
-        telegram = Telegram().__enter__()
+        telegram = Telegram()
         return telegram, Bot(self.folders.mktemp("bot"), telegram).start()
 
     def take(self):
@@ -2691,8 +2573,8 @@ class Spares:
     def close(self):
         if self.next:
             telegram, bot = self.next.result()
-            bot.close()
-            telegram.__exit__(None, None, None)
+            with telegram:
+                bot.close()
 
 
 @pytest.fixture(scope="session")
@@ -2710,9 +2592,8 @@ def spare(request):
 
 @pytest.fixture
 def telegram(spare):
-    with contextlib.nullcontext(spare[0]) if spare else Telegram() as telegram:
+    with spare[0] if spare else Telegram() as telegram:
         yield telegram
-    telegram.__exit__(None, None, None)
 
 
 @pytest.fixture
@@ -2746,8 +2627,6 @@ def bot(spare):
 # ---------------------------------------------------------------------------------------------------------
 # The tests: the store and the settings
 # ---------------------------------------------------------------------------------------------------------
-
-
 
 
 @pytest.fixture
@@ -3173,10 +3052,15 @@ def test_places_are_given_in_order_of_arrival(telegram, start):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def dictate(telegram, bot, text, size=20, thread=7):
+    """Let Kiro answer with this text, in chunks of that size."""
+    bot.control_file("text", text)
+    return telegram.write(f"!recite text {size}", thread=thread)
+
+
 def recite(telegram, bot, text, thread=7):
     """Let Kiro say this; returns the lasting messages, as texts."""
-    bot.control_file("text", text)
-    message = telegram.write("!recite text 5000", thread=thread)
+    message = dictate(telegram, bot, text, 5000, thread)
     telegram.wait_until(lambda: telegram.is_acknowledged(message))
     settle(bot)
     return telegram.texts(thread, after=message)
@@ -3441,6 +3325,15 @@ def half_pipes(bot):
     return [name for name in names if name.startswith("pipe:") and names.count(name) == 1]
 
 
+def alive(pid):
+    """Is there such a process?"""
+    try:
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+
 def lose(bot, thread):
     """Remove the files of a topic's session."""
     for path in session_path(bot, thread).parent.glob(session_path(bot, thread).stem + ".*"):
@@ -3448,7 +3341,7 @@ def lose(bot, thread):
 
 
 def session_id(bot, thread):
-    return bot.database("SELECT session_id FROM sessions WHERE thread_id = ?", thread)[0]["session_id"]
+    return row_of(bot, thread)["session_id"]
 
 
 def session_path(bot, thread, extension="json"):
@@ -3846,8 +3739,8 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bo
 # ---------------------------------------------------------------------------------------------------------
 
 
-HASTY = dict(POLL_RETRY_SECONDS=(0.05, 0.1, 0.2), RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=0.1, FLOOD_SECONDS=0.3,
-             TIMEOUT=(1, 0.3), JOURNAL_RETRY_SECONDS=0.3)
+HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=0.1, FLOOD_SECONDS=0.3, TIMEOUT=(1, 0.3),
+             JOURNAL_RETRY_SECONDS=0.3)
 
 
 @pytest.fixture
@@ -4563,7 +4456,7 @@ def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
     telegram.write("/stop", thread=7)
     telegram.answer("Stopped", thread=7, timeout=3)
     fault.end()
-    wait_until(lambda: not uploads(bot), what="the end of the download")
+    wait_until(lambda: not os.listdir(bot.workspace(7) / "uploads"), what="the end of the download")
     assert not bot.prompts()
 
 
@@ -4677,12 +4570,6 @@ def in_workspace(bot, files, thread=7):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return bot.workspace(thread)
-
-
-def dictate(telegram, bot, text, size=20, thread=7):
-    """Let Kiro answer with this text, in chunks of that size."""
-    bot.control_file("text", text)
-    return telegram.write(f"!recite text {size}", thread=thread)
 
 
 def tag(path, caption=""):
@@ -4912,7 +4799,7 @@ k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"),
 
 
 def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, start, tmp_path):
-    bot = start(KIRO_COMMAND=patched_kiro(tmp_path, ODD_OPTIONS))
+    start(KIRO_COMMAND=patched_kiro(tmp_path, ODD_OPTIONS))
     telegram.write("!ask Running: something harmless", thread=7)
     asked = question(telegram, "rm -rf ~")
     assert "Clean up" in asked.text and len(telegram.buttons(asked)) == 2
