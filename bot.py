@@ -75,7 +75,6 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, NamedTuple, Optional
@@ -405,7 +404,8 @@ class Poll:
     def _on_edit(self, message: types.Message) -> None:
         if self._lets_in(message.from_user, message.chat) and message.content_type in MESSAGE_KINDS:
             incoming = Incoming(self._update_id, message)
-            self._batch.append(Accepted("edit", lambda: self._commands.edit(incoming), self._row(message)))
+            row = None if incoming.command in OWN else self._row(message)     # as `Commands.edit` does
+            self._batch.append(Accepted("edit", lambda: self._commands.edit(incoming), row))
 
     def _on_press(self, press: types.CallbackQuery) -> None:
         if press.message and self._lets_in(press.from_user, press.message.chat):
@@ -487,9 +487,6 @@ def command_of(message: types.Message) -> "tuple[str, str]":
 # The bot: what all parts share
 # ======================================================================================================================
 
-ERRAND_THREADS = 8
-
-
 class Closing(Exception):
     """The bot is stopping: leave everything as it is."""
 
@@ -511,7 +508,6 @@ class Bot:
         self._conversations: "dict[tuple[int, int], Conversation]" = {}
         self._lock = threading.Lock()
         self._errands: "dict[Any, deque[Callable[[], Any]]]" = {}    # by key; those of one key run one after the other
-        self._pool = ThreadPoolExecutor(ERRAND_THREADS, thread_name_prefix="errand")
 
     def chat(self, user_id: int, thread_id: int) -> Topic:
         """Return a way to speak in this topic."""
@@ -539,7 +535,11 @@ class Bot:
             mine = self._errands.setdefault(key, deque())
             mine.append(lambda: action(*args, **kwargs))
             if len(mine) == 1:
-                self._pool.submit(self._run_errands, key, mine)
+                try:
+                    threading.Thread(target=self._run_errands, args=(key, mine), name="errand", daemon=True).start()
+                except RuntimeError:       # no thread to be had: the next one of this key tries again
+                    del self._errands[key]
+                    raise
 
     def _run_errands(self, key: Any, mine: "deque[Callable[[], Any]]") -> None:
         while True:
@@ -612,6 +612,11 @@ class Bot:
                 time.sleep(0.01)
             for kiro in list(self.processes) if signal_number else ():
                 kiro.signal(signal_number, leftovers=True)
+        keeper = threading.Thread(target=self._keep_partials, name="keeper", daemon=True)
+        keeper.start()                         # the database may be locked by somebody for longer than we have
+        keeper.join(max(0.1, began + 1.9 - time.monotonic()))
+
+    def _keep_partials(self) -> None:
         for conversation in self.conversations():
             conversation.keep_partial()
 
@@ -637,6 +642,8 @@ HELP = """I give every topic of this chat its own Kiro session with its own fold
 /model – show or choose the model
 /status – session, model, folder, what is running
 Any other /command goes to Kiro as it is, for example /compact."""
+OWN = frozenset(["new", "stop", "model", "status", "start", "help"])      # commands that are not Kiro's
+JOBS = ("new", "model")         # those that take their place in the queue
 UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
 OVER = "This is over."
 THIS_RUN = secrets.token_hex(4)     # tells this run's questions from those of former ones
@@ -670,9 +677,9 @@ class Commands:
     def edit(self, incoming: Incoming) -> None:
         """A message was edited: as long as it waits, it goes as edited."""
         conversation = self._bot.conversation(*incoming.key)
-        if incoming.command == "stop":             # a command is no better version of a message, but the wish is clear
+        if incoming.command == "stop":
             conversation.stop()
-        if incoming.command in ("stop", "start", "help", "status"):
+        if incoming.command in OWN:                # no better version of a message; it stays as it was
             return
         if conversation.edit(incoming) == "too late":
             self._bot.errand(incoming.key, conversation.chat.say,
@@ -816,7 +823,7 @@ QUIET_SECONDS = 0.03            # a replay is over when nothing came for this lo
 JOURNAL_TRIES = 240
 JOURNAL_RETRY_SECONDS = 15
 ASK_RETRY_SECONDS = 5
-QUESTION_LIMIT = 3500           # UTF-16 units; room for the outcome must remain
+QUESTION_LIMIT = 20_000           # UTF-16 units; room for the outcome must remain
 SEEN = "👀"
 HISTORY_GONE = "⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The folder is as it was."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
@@ -990,6 +997,7 @@ class Turn:
         self.prompt: "list[dict]" = []         # as ACP content blocks
         self.turn_id: Optional[int] = None     # the journal's, once begun
         self.stop_at: Optional[float] = None   # when the user stopped it
+        self.caught = 0                        # how many messages waited then: the stop means them, not later ones
         self.draft_stopped = False             # by its button: Telegram wants no more frames of it [tg 1.3]
         self.cancel_sent = False
         self.ended = False                     # Kiro is done with it; a stop comes too late
@@ -1388,8 +1396,8 @@ class Conversation:
         if self.waiting and self.turn is None:
             self.turn = Turn()
         if not self._running:
-            self._running = True
             threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
+            self._running = True       # not before: when there is no thread to be had, the next message tries again
 
     def edit(self, incoming: Incoming) -> str:
         """Replace a waiting message by its edited version; return "edited", "too late" or "unknown"."""
@@ -1414,7 +1422,7 @@ class Conversation:
             if turn is None or turn.ended or draft_id not in (None, turn.draft_id):
                 return False
             if turn.stop_at is None:
-                turn.stop_at = time.monotonic()
+                turn.stop_at, turn.caught = time.monotonic(), len(self.waiting)
             turn.draft_stopped = turn.draft_stopped or draft_id is not None
         self.post("wake")
         return True
@@ -1423,12 +1431,12 @@ class Conversation:
         """Answer a permission request; return the option's name, or None when it is over."""
         with self.lock:
             permission = self.turn.permissions.get(token) if self.turn else None
-            if permission is None or index >= len(permission.options):
+            if permission is None or self.turn.stop_at is not None or index >= len(permission.options):
                 return None
             self._forget(permission)
         option = permission.options[index]
         permission.answer(option["optionId"])
-        choice = f"→ {option.get('name') or option['optionId']}"
+        choice = whole_characters(f"→ {option.get('name') or option['optionId']}")
         self.bot.errand(self.key, self.chat.settle, message_id, f"{permission.text}\n\n{choice}")
         self.post("wake")
         return choice
@@ -1447,7 +1455,7 @@ class Conversation:
     def keep_partial(self) -> None:
         """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
         turn = self.turn
-        if turn is None or turn.turn_id is None or turn.ended:
+        if turn is None or turn.turn_id is None:       # also one that has ended: its answer may not be journaled yet
             return
         try:
             self.store.keep_partial(turn.turn_id, visible_text(turn.text())[0])
@@ -1515,7 +1523,7 @@ class Conversation:
 
     def _step(self) -> None:
         """Do the next piece of work; whatever goes wrong with it must not stop those that follow."""
-        turn = self.turn
+        turn = None if self.unfinished else self.turn
         try:
             if self.unfinished:
                 self._recover()
@@ -1550,9 +1558,14 @@ class Conversation:
             self.link.let_go()
         elif self.link.kiro:
             self.link.kiro.kept_warm = False
-        job = {"new": self._serve_new, "model": self._serve_model}.get(self.waiting[0].command)
-        if job:
-            self._serve_job(turn, job)
+        with self.lock:
+            incoming = self.waiting[0]
+            is_job = incoming.command in JOBS
+            if is_job:
+                self.waiting.popleft()
+                turn.messages = [incoming]
+        if is_job:
+            self._serve_job(turn, incoming)
         else:
             remark, offer = self._run_turn(turn)
             self._conclude(turn, remark, offer)
@@ -1865,6 +1878,7 @@ class Conversation:
                 batch = self._batch()
             turn.prompt = self._compose(kiro, batch)
             with self.lock:
+                self.check_stop()
                 if all(old is now for old, now in zip(batch, self.waiting)):     # else one was edited meanwhile
                     self._move(batch, turn)
                     self._burst_seen = False
@@ -1893,7 +1907,8 @@ class Conversation:
                 log.error("A turn can't be journaled: %s", error)
                 if not told:
                     told = True
-                    self.chat.say(f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll keep trying.")
+                    self.bot.errand(self.key, self.chat.say,
+                                    f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll keep trying.")
             until = time.monotonic() + JOURNAL_RETRY_SECONDS
             while time.monotonic() < until:
                 self.wait(until)
@@ -1976,11 +1991,13 @@ class Conversation:
     def _conclude(self, turn: Turn, remark: str, offer: bool) -> None:
         """Journal the answer, then send it part by part."""
         turn.ended = True
+        self._make_room()
         parts = self._answer_parts(turn, remark, offer)
         try:
             if turn.turn_id is None:
                 with self.lock:
-                    self._move(self._batch(), turn)
+                    if not turn.messages:      # else they were taken, and could not be journaled
+                        self._move(self._caught(turn), turn)
                 turn.turn_id = self.store.begin(self.user_id, self.thread_id, [m.update_id for m in turn.messages])
             self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], offer)
         except StoreError as error:
@@ -1990,9 +2007,20 @@ class Conversation:
         how = remark.splitlines()[0] if remark else "done"
         log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
 
+    def _caught(self, turn: Turn) -> "list[Incoming]":
+        """Return the waiting messages that a turn ends without Kiro: a stop means those that were there."""
+        batch = self._batch()
+        return batch if turn.stop_at is None else batch[:max(turn.caught, 1)]
+
+    def _make_room(self) -> None:
+        """Telegram may keep us waiting now: somebody else can use the place meanwhile."""
+        if self.places.in_demand():
+            self.link.let_go()
+
     def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> "list[dict]":
         """Return the lasting messages of the answer: notes, text, files, remarks."""
         text, files = visible_text(turn.text())
+        text = text if text.strip() else ""        # blank, it would be no part at all
         remarks = [remark] if remark else []
         if remark.startswith("⏹") and text:
             text, remarks = f"{close_code(text)}\n\n{remark}", []
@@ -2016,8 +2044,9 @@ class Conversation:
         """Send the parts in order, and tick each off when Telegram has confirmed it."""
         try:
             for position, part in parts:
-                if part.get("buttons") == "offer" and turn_id is not None:
-                    part = {**part, "buttons": [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]}
+                if part.get("buttons") == "offer":
+                    offered = [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]
+                    part = {**part, "buttons": offered if turn_id is not None else None}
                 self._send_part(turn_id, position, part)
             if turn_id is not None:
                 self.store.finish(turn_id, offer)
@@ -2036,7 +2065,10 @@ class Conversation:
     def _send_and_tick(self, turn_id: Optional[int], position: int, part: dict) -> None:
         """Send a part, or in its place what its chat makes of it, and tick it off."""
         if part["kind"] == "file":
-            refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
+            try:
+                refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
+            except (StoreError, KiroFailure) as error:
+                refusal = f"its folder is not to be had: {error}"
             if refusal:
                 self._unsent.append(f"{part['path']}: {refusal}")
                 part = plain_part(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
@@ -2053,19 +2085,20 @@ class Conversation:
 
     def _recover(self) -> None:
         """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
-        unfinished = self.unfinished[0]
+        with self.lock:
+            unfinished = self.unfinished.popleft()
         try:
             if unfinished.state == "begun":
                 card = self._card(unfinished)
                 self.store.answer(unfinished.turn_id, [json.dumps(part) for part in card], offer=True)
-                unfinished = unfinished._replace(state="answered", offer=True)
+            offer = unfinished.offer or unfinished.state == "begun"
             parts = [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)]
         except StoreError as error:
             log.error("A former turn has to wait: %s", error)
+            with self.lock:
+                self.unfinished.appendleft(unfinished)
             return self._rest(JOURNAL_RETRY_SECONDS)
-        with self.lock:
-            self.unfinished.popleft()
-        self._deliver(unfinished.turn_id, parts, unfinished.offer)
+        self._deliver(unfinished.turn_id, parts, offer)
 
     def _rest(self, seconds: float) -> None:
         """Let some time pass."""
@@ -2089,11 +2122,9 @@ class Conversation:
 
     # -- jobs and warm starts ------------------------------------------------------------------------------------------
 
-    def _serve_job(self, turn: Turn, job: "Callable[[Turn, Incoming], tuple[str, Optional[Buttons]]]") -> None:
+    def _serve_job(self, turn: Turn, incoming: Incoming) -> None:
         """Do what is no prompt: /new, and /model when Kiro has to be asked."""
-        with self.lock:
-            incoming = self.waiting.popleft()
-            turn.messages = [incoming]
+        job = self._serve_new if incoming.command == "new" else self._serve_model
         try:
             text, buttons = job(turn, incoming)
         except Stopped:
@@ -2102,8 +2133,12 @@ class Conversation:
             self.link.let_go(at_once=True)
             text, buttons = f"⚠️ {failure}{self.advice(failure)}", None
         turn.ended = True
+        self._make_room()
         notes, self._notes = self._notes, []
-        self.chat.say("\n".join([*notes, text]), buttons)
+        try:
+            self.chat.say("\n".join([*notes, text]), buttons)
+        except (Refused, Unreachable) as error:    # it is done all the same: /new must not be done again at the next start
+            log.error("What became of /%s of %s/%s can't be said: %s", incoming.command, self.user_id, self.thread_id, error)
         if incoming.command == "new" and incoming.argument:      # "/new do this": the rest is a message
             incoming.command, incoming.message.text = "", incoming.argument
             with self.lock:
@@ -2144,14 +2179,15 @@ class Conversation:
         call = {**turn.tools.get(str(permission.tool_call.get("toolCallId")), {}), **permission.tool_call}
         lines = [f"❓ Kiro asks: {call.get('title') or call.get('kind') or 'may it use a tool'}"]
         raw = call.get("rawInput") if isinstance(call.get("rawInput"), dict) else {}
-        places = [place for place in call.get("locations") or [] if isinstance(place, dict)]
+        locations = call.get("locations") if isinstance(call.get("locations"), list) else []
+        places = [place for place in locations if isinstance(place, dict)]
         for detail in [*(raw.get(key) for key in ("command", "path", "file_path", "url")), *(p.get("path") for p in places)]:
-            if isinstance(detail, str) and detail not in "\n".join(lines):
+            if isinstance(detail, str) and detail not in lines and not lines[0].endswith(f": {detail}"):
                 lines.append(detail)
         text = in_plain_sight("\n".join(lines))
-        if utf16_length(text) <= QUESTION_LIMIT:
+        if len(text) <= QUESTION_LIMIT:
             return text
-        return text[:QUESTION_LIMIT // 2] + "\n… (the rest is too long to show)"
+        return f"{text[:QUESTION_LIMIT]}\n⚠️ {len(text) - QUESTION_LIMIT} more characters are not shown."
 
     def _tend_permissions(self, turn: Turn, now: float) -> float:
         """Ask what has not been asked, refuse what was not answered in time; return when to look again."""
@@ -2459,10 +2495,20 @@ class Kiro:
                 start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
             self.pid = self._popen.pid
             bot.processes.add(self)
-        self._reader = self._thread(self._read, "reader")
-        self._stderr_reader = self._thread(self._drain, "stderr")
-        self._thread(self._write, "writer")
-        self._thread(self._await_exit, "waiter")
+        try:
+            self._reader = self._thread(self._read, "reader")
+            self._stderr_reader = self._thread(self._drain, "stderr")
+            self._thread(self._write, "writer")
+            self._thread(self._await_exit, "waiter")
+        except RuntimeError as error:            # no thread to be had, and so no waiter
+            self._outgoing.put(None)
+            with self._lock:
+                _kill(-self.pid, signal.SIGKILL)
+                self._popen.wait()
+                self._reaped = True
+            self.gone.set()
+            bot.processes.discard(self)
+            raise OSError(0, str(error)) from error
 
     def _thread(self, target: "Callable[[], None]", role: str) -> threading.Thread:
         thread = threading.Thread(target=target, name=f"{role} of {self.pid}", daemon=True)
@@ -2822,9 +2868,13 @@ def lock_time(session_id: str) -> Optional[float]:
 def remove_dead_lock(session_id: str, pid: Optional[int] = None) -> None:
     """Remove the session's lock if its process is dead, or is the given one, known to be another's pid by now."""
     path, holder = session_file(session_id, "lock"), lock_pid(session_id)
-    if path is None or holder is None or (holder != pid and is_running(holder)):
-        return
     try:
+        if path is None or not path.exists():
+            return
+        if holder is None and (pid is None or is_running(pid) or time.time() - path.stat().st_mtime < 2):
+            return                             # it names nobody: only when Kiro has met it, and nobody is just writing it
+        if holder is not None and holder != pid and is_running(holder):
+            return
         path.unlink()
         log.info("Removed the lock that dead process %s left on session %s", holder, session_id)
     except OSError as error:
@@ -2880,7 +2930,12 @@ def environment_of(pid: int) -> "dict[str, str]":
 def related_processes(mark: str, group: int = 0) -> "list[int]":
     """Return the running processes that carry the process mark in their environment, or are of the process group."""
     needle, pgrp = f"{PROCESS_MARK}={mark}".encode(), str(group).encode()
-    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+    try:
+        pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    except OSError as error:     # no descriptor to be had: nobody can be found now
+        log.error("Processes can't be listed: %s", error.strerror)
+        pids = []
+    return [pid for pid in pids
             if (needle in _proc(pid, "environ").split(b"\0") or _stat(pid)[2:3] == [pgrp]) and is_running(pid)]
 
 
@@ -3052,7 +3107,10 @@ class Telegram:
         """
         limit, failures = time.monotonic() + seconds, 0
         while True:
-            self.pause(self.pace(chat).closed_for())
+            closed = self.pace(chat).closed_for()
+            if closed and time.monotonic() + closed > limit:
+                raise Unreachable(f"flood control: {closed:.0f} s")
+            self.pause(closed)
             try:
                 return self.call(method, *args, chat=chat, **kwargs)
             except TooManyRequests as error:
@@ -3271,7 +3329,10 @@ class Topic(Chat):
     def ask(self, text: str, buttons: Buttons) -> int:
         if self._pace.closed_for():
             raise TooManyRequests(self._pace.closed_for())
-        return self._post_plain(text, buttons, seconds=0)["message_id"]
+        *before, last = split_text(text, PLAIN_LIMIT - 200, utf16_length)
+        for piece in before:                   # of a command so long that one message can't show it
+            self._post_plain(piece, seconds=0)
+        return self._post_plain(last, buttons, seconds=0)["message_id"]
 
     def settle(self, message_id: int, text: str) -> None:
         try:

@@ -120,6 +120,7 @@ PURGE_PARTS = "DELETE FROM parts WHERE turn_id NOT IN (SELECT turn_id FROM turns
 
 KEEP_DONE = timedelta(days=2)   # Telegram redelivers an update for 24 hours at most
 PART_SPACING = 1000             # room between two parts, for the pieces of one that had to be cut smaller
+CLOSE_SECONDS = 0.1             # how long to wait for a transaction that waits for such a process
 BUSY_SECONDS = 10               # how long to wait for another process (the console, a backup) to let go of the file
 
 
@@ -182,9 +183,10 @@ class SessionStore:
         self.close()
 
     def close(self) -> None:
-        """Close the file.  Later calls raise StoreError."""
-        with self._lock:
+        """Close the file, unless somebody is waiting for it.  Later calls raise StoreError."""
+        if self._lock.acquire(timeout=CLOSE_SECONDS):
             self._connection.close()
+            self._lock.release()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
