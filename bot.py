@@ -24,8 +24,8 @@ process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and 
 that offers an interrupted turn with **Ask again** and **Drop**.  *errand*: something short that talks to Telegram.
 
 Threads.  main: starts, then waits for a signal.  poll: says what was found at the start, then `Poll.run`; it waits for
-Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: a small pool that answers
-commands and presses.  conversation: one for each conversation that has work or a warm process; it alone calls Kiro and sends
+Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each
+topic that has commands or presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it alone calls Kiro and sends
 drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro process four more: reader,
 writer, stderr, and a waiter, which sees what is left of the process to its end and gives its place back; while it is ended, an
 ender, which sends the signals.
@@ -35,8 +35,8 @@ requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock`
 `Bot._lock` (the table of conversations), `Bot.spawning` (no process starts unseen while the bot closes), and the database's
 own.
 
-Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of the project's notes on
-kiro-cli's ACP mode and on the Bot API, where their sources are.  The notes are kept outside of this repository.
+Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of kiro-acp.md and of
+telegram.md, the developers' notes on kiro-cli's ACP mode and on the Bot API, which name their sources.
 """
 
 from __future__ import annotations

@@ -4895,6 +4895,84 @@ def test_a_forwarded_command_is_a_text(telegram, bot):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The tests: odd moments
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_means_what_was_there_and_not_what_comes_after(telegram, bot):
+    bot.habits(new={"gate": "go"})
+    with telegram.batch_of_updates():
+        telegram.write("wrong", thread=7)
+        telegram.write("/stop", thread=7)
+        telegram.write("right", thread=7)
+    bot.open_gate("go")
+    telegram.answer("echo: right", thread=7)
+    assert telegram.texts(7)[0].startswith("⏹ Stopped before Kiro began.") and len(bot.prompts()) == 1
+
+
+def test_allow_after_stop_is_too_late(telegram, bot):
+    telegram.write("!ask Running: rm", thread=7)
+    asked = telegram.answer("❓", thread=7)
+    with telegram.batch_of_updates():
+        telegram.stop(telegram.drafts(7)[-1])
+        telegram.press(asked, 0)
+    telegram.answer("Stopped", thread=7)
+    assert bot.wire("in", when=lambda entry: "cancelled" in str(entry["frame"].get("result")))
+    assert not bot.wire("in", when=lambda entry: "selected" in str(entry["frame"].get("result")))
+
+
+def test_an_answer_of_nothing_but_spaces_is_said_to_be_none(telegram, bot):
+    for thread, blank in ((7, "   "), (8, " \\n \\n"), (9, "\t")):
+        telegram.write(f"!say {blank}", thread=thread)
+        telegram.answer("without saying anything", thread=thread)
+
+
+def test_an_edit_into_a_command_leaves_the_question_as_it_was(telegram, bot):
+    bot.habits(new={"gate": "never"})
+    message = telegram.write("an important question", thread=7)
+    bot.wait_wire("in", "session/new")
+    telegram.edit(message, "/status")
+    after = telegram.write("/help", thread=8)
+    telegram.wait_until(lambda: telegram.is_acknowledged(after))
+    bot.kill()
+    bot.habits()
+    bot.start()
+    telegram.answer("echo: an important question", thread=7)
+
+
+def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, make_bot):
+    bot = make_bot().hurry(SAY_SECONDS=0.5).start()
+    telegram.write("/new", thread=7)
+    telegram.answer("new session", thread=7)
+    telegram.fault("sendMessage", status=429, retry_after=30)
+    telegram.write("/new", thread=7)
+    bot.wait_log("What became of /new")
+    bot.restart()
+    assert len(bot.wire("in", "session/new")) == 2
+    assert {row["state"] for row in bot.database("SELECT state FROM inbox")} == {"done"}
+
+
+def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
+    telegram.fault("sendMessage", status=429, retry_after=60, when=lambda call: call.params["chat_id"] == ALICE["id"])
+    for thread in range(1, 12):
+        telegram.write("/status", thread=thread)
+    telegram.write("/status", user=BOB, thread=7)
+    telegram.answer("Session", user=BOB, thread=7)
+
+
+def test_a_lock_that_names_nobody_is_removed(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    telegram.write("one", thread=7)
+    telegram.answer("echo: one", thread=7)
+    bot.wait_agents(0)
+    lock, = (path.with_suffix(".lock") for path in bot.home.glob(".kiro/sessions/cli/*.json"))
+    lock.touch()
+    os.utime(lock, (0, 0))
+    telegram.write("two", thread=7)
+    telegram.answer("echo: two", thread=7)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The tests: the first five minutes
 # ---------------------------------------------------------------------------------------------------------
 
