@@ -352,7 +352,7 @@ class Poll:
         try:
             sender, chat = update["message"]["from"]["id"], update["message"]["chat"]
             if sender in self._bot.settings.allowed and chat["id"] == sender and chat["type"] == "private":
-                self._bot.errand((sender, 0), self._bot.chat(sender, 0).say,
+                self._bot.errand((sender, 0), self._bot.conversation(sender, 0).tell,
                                  "I couldn't read one of your messages. Please send it in another way.")
         except (KeyError, TypeError):
             pass
@@ -367,7 +367,7 @@ class Poll:
         """Say it in each topic that wrote, once until the journal can be written again."""
         for user_id, thread_id in {(a.row.user_id, a.row.thread_id) for a in batch if a.row} - self._told_of_trouble:
             self._told_of_trouble.add((user_id, thread_id))
-            self._bot.errand((user_id, thread_id), self._bot.chat(user_id, thread_id).say,
+            self._bot.errand((user_id, thread_id), self._bot.conversation(user_id, thread_id).tell,
                              f"⚠️ I can't store messages at the moment ({error}). "
                              "Yours is safe with Telegram; I'll take it as soon as I can.")
 
@@ -387,9 +387,15 @@ class Poll:
             self._strangers.clear()
         self._strangers.add(stranger)
         log.info("A stranger wrote: user %s", stranger)
-        self._bot.errand("strangers", self._bot.telegram.call, apihelper.send_message, message.chat.id,
-                         f"This bot is private. Your Telegram user id is {stranger}; its owner can add it to "
-                         "ALLOWED_TELEGRAM_IDS.", chat=message.chat.id, message_thread_id=thread_of(message) or None)
+        self._bot.errand("strangers", self._tell_stranger, stranger, thread_of(message))
+
+    def _tell_stranger(self, stranger: int, thread_id: int) -> None:
+        try:
+            self._bot.telegram.call(apihelper.send_message, stranger, f"This bot is private. Your Telegram user id is {stranger}; "
+                                    "its owner can add it to ALLOWED_TELEGRAM_IDS.", chat=stranger, message_thread_id=thread_id or None)
+        except (Unreachable, TooManyRequests):
+            self._strangers.discard(stranger)      # so that the next message is answered
+            raise
 
     # -- handlers: they look, and say what is to be done once the batch is in the journal ---------------------------------
 
@@ -682,7 +688,7 @@ class Commands:
         if incoming.command in OWN:                # no better version of a message; it stays as it was
             return
         if conversation.edit(incoming) == "too late":
-            self._bot.errand(incoming.key, conversation.chat.say,
+            self._bot.errand(incoming.key, conversation.tell,
                              "Your edit came too late: Kiro already has the message as it was. "
                              "Send the correction as a new message.")
 
@@ -706,11 +712,9 @@ class Commands:
     def _reply(self, incoming: Incoming, text: str, buttons: Optional[Buttons] = None) -> None:
         conversation = self._bot.conversation(*incoming.key)
         try:
-            conversation.chat.say(text, buttons)
+            conversation.tell(text, buttons)
         except Refused as error:               # blocked: it would not go better at the next start
             log.warning("Not said: %s", error)
-        if conversation.turn:
-            conversation.post("wake")          # the message hides the draft
         self._bot.store.done(incoming.update_id)
 
     def _stop(self, incoming: Incoming, stopping: bool) -> None:
@@ -999,18 +1003,20 @@ class Turn:
         self.stop_at: Optional[float] = None   # when the user stopped it
         self.caught = 0                        # how many messages waited then: the stop means them, not later ones
         self.draft_stopped = False             # by its button: Telegram wants no more frames of it [tg 1.3]
-        self.cancel_sent = False
+        self.cancelled_at: Optional[float] = None   # when Kiro was told of the stop
         self.ended = False                     # Kiro is done with it; a stop comes too late
         self.prompted_at = 0.0                 # also: when the clock of silence was set anew
         self.end_by = math.inf                 # the response is not expected after this
         self.heard = False                     # text, a tool call or a permission request came
         self.pieces: "list[str]" = []          # what Kiro said
         self.length = 0
+        self.cut = False                       # it said more than anybody can read
         self.attempt = 0                       # how many pieces were there when Kiro's present attempt began
         self.gap = False                       # a tool lies between the last piece and the next
         self.tools: "dict[str, dict]" = {}     # tool calls by id
         self.running: "dict[str, str]" = {}    # titles of the running ones
         self.permissions: "dict[str, Permission]" = {}
+        self.credits: Optional[float] = None   # what it cost, if Kiro told
         self.trouble = ""                      # Kiro's last word about limits and retries
         self.frame_at: Optional[float] = None  # when the last frame was sent
         self.stale = True                      # the draft is not what it should be
@@ -1045,6 +1051,7 @@ class Turn:
     def say(self, text: str) -> None:
         """Add a piece of the answer, set apart when a tool lies between."""
         if self.length > ANSWER_AT_MOST:
+            self.cut = True
             return
         if self.gap and self.pieces:
             end = "".join(self.pieces[-2:])
@@ -1146,7 +1153,7 @@ class Link:
             raise NoPlace
         ticket = self._places.ask(self._talk)
         turn = self._talk.turn
-        status, turn.status = turn.status, f"Waiting for a free place ({self._places.count} topics are busy)…"
+        status, turn.status = turn.status, "Waiting for a free place: other topics are busy…"
         try:
             while not ticket.granted:
                 self._talk.wait(math.inf)
@@ -1366,7 +1373,7 @@ class Conversation:
         """Take on a message."""
         with self.lock:
             self.waiting.append(incoming)
-            must_wait = self.turn is not None and self.turn.turn_id is not None and not self.turn.ended
+            must_wait = bool(self.unfinished) or self.turn is not None and self.turn.turn_id is not None
             first_to_wait, self._burst_seen = must_wait and not self._burst_seen, must_wait
             self._start()
         self.post("wake")
@@ -1378,6 +1385,12 @@ class Conversation:
         with self.lock:
             messages = (self.turn.messages if self.turn else None) or self.waiting
             return messages[0].arrived if messages else time.monotonic()
+
+    def tell(self, text: str, buttons: "Optional[list]" = None) -> None:
+        """Send a message of the bot's own, and have the draft that it hides sent anew."""
+        self.chat.say(text, buttons)
+        if self.turn:
+            self.post("wake")
 
     def note(self, text: str) -> None:
         """Say this with the next answer."""
@@ -1549,7 +1562,7 @@ class Conversation:
                 if incoming in self.waiting:
                     self.waiting.remove(incoming)
         self._close_turn(turn)
-        self.bot.errand(self.key, self.chat.say, f"⚠️ Something went wrong here: {error}. "
+        self.bot.errand(self.key, self.tell, f"⚠️ Something went wrong here: {error}. "
                         "Your message is kept; I'll come back to it when I'm restarted, or send it again.")
 
     def _serve(self, turn: Turn) -> None:
@@ -1629,8 +1642,8 @@ class Conversation:
 
     def _on_give_way(self, kiro: Kiro) -> None:
         if kiro is self.link.kiro and kiro.kept_warm:
-            log.info("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
-            self.link.let_go()
+            log.debug("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
+            self.link.let_go(at_once=kiro.agent is None)     # one that still starts would be long to notice, and holds no lock
 
     def _on_model_chosen(self) -> None:
         self._model_chosen = True
@@ -1700,9 +1713,9 @@ class Conversation:
         percent, usage = params.get("contextUsagePercentage"), params.get("meteringUsage")
         if isinstance(percent, (int, float)):
             self.context = percent
-        if isinstance(usage, list):
+        if isinstance(usage, list) and self.turn:
             values = [entry.get("value") for entry in usage if isinstance(entry, dict)]
-            self.credits = sum(value for value in values if isinstance(value, (int, float)))
+            self.turn.credits = sum(value for value in values if isinstance(value, (int, float)))
 
     def _on_compaction(self, kiro: Kiro, status: Any) -> None:
         """After a compaction Kiro may have forgotten the tags."""
@@ -1729,8 +1742,8 @@ class Conversation:
         wait = self.chat.frame_wait(turn.frame_at, now)
         if wait:
             return now + wait
-        turn.stale, turn.frame_at = False, now
-        self.chat.frame(turn.draft_id, visible_text(turn.text(), still_coming=True)[0], self._draft_status(turn))
+        turn.frame_at = now
+        turn.stale = not self.chat.frame(turn.draft_id, visible_text(turn.text(), still_coming=True)[0], self._draft_status(turn))
         return time.monotonic()
 
     def _draft_status(self, turn: Turn) -> str:
@@ -1907,7 +1920,7 @@ class Conversation:
                 log.error("A turn can't be journaled: %s", error)
                 if not told:
                     told = True
-                    self.bot.errand(self.key, self.chat.say,
+                    self.bot.errand(self.key, self.tell,
                                     f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll keep trying.")
             until = time.monotonic() + JOURNAL_RETRY_SECONDS
             while time.monotonic() < until:
@@ -1951,7 +1964,7 @@ class Conversation:
             return ""
         self._refusals.clear()
         self._note_facts(kiro.session_id, taught=kiro.lesson == "known" or kiro.lesson == "sent" and reason == "end_turn")
-        if turn.cancel_sent:
+        if turn.cancelled_at is not None:
             raise Stopped
         return STOP_REASONS.get(reason, "")
 
@@ -1966,15 +1979,15 @@ class Conversation:
         """Pass a stop on to Kiro, and end a Kiro that does not obey; return when to look again."""
         if turn.stop_at is None:
             return math.inf
-        if not turn.cancel_sent:
-            turn.cancel_sent = turn.stale = True
+        if turn.cancelled_at is None:
+            turn.cancelled_at, turn.stale = now, True
             self._refuse_all("stopped")
             kiro.cancel()
-        if now >= turn.stop_at + STOP_SECONDS:
+        if now >= turn.cancelled_at + STOP_SECONDS:
             turn.ended = True
             self.link.let_go(at_once=True)
             raise Stopped
-        return turn.stop_at + STOP_SECONDS
+        return turn.cancelled_at + STOP_SECONDS
 
     def _watch_silence(self, kiro: Kiro, turn: Turn, now: float) -> float:
         """End a Kiro that says nothing for too long; return when to look again."""
@@ -1991,6 +2004,7 @@ class Conversation:
     def _conclude(self, turn: Turn, remark: str, offer: bool) -> None:
         """Journal the answer, then send it part by part."""
         turn.ended = True
+        self.credits = turn.credits
         self._make_room()
         parts = self._answer_parts(turn, remark, offer)
         try:
@@ -2024,6 +2038,8 @@ class Conversation:
         remarks = [remark] if remark else []
         if remark.startswith("⏹") and text:
             text, remarks = f"{close_code(text)}\n\n{remark}", []
+        if turn.cut:
+            remarks.append(f"⚠️ The answer was longer than {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
         if not text and not files and not remarks:
             remarks.append(turn.trouble or "Kiro has finished without saying anything.")
         if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
@@ -2445,7 +2461,7 @@ FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PR
 NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
 LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
-                  r"(unknown|no such|invalid|missing) session|resource.not.found", re.I | re.S)
+                  r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found", re.I | re.S)
 RESOURCE_NOT_FOUND = -32002
 
 
@@ -2491,7 +2507,7 @@ class Kiro:
             if bot.closing.is_set():
                 raise Closing
             self._popen = subprocess.Popen(
-                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark),
+                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark, workspace),
                 start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
             self.pid = self._popen.pid
             bot.processes.add(self)
@@ -2724,12 +2740,13 @@ def _kill(pid: int, number: int) -> None:
         pass
 
 
-def child_environment(settings: Settings, mark: str) -> "dict[str, str]":
+def child_environment(settings: Settings, mark: str, workspace: str = "") -> "dict[str, str]":
     """Return Kiro's environment: ours without the token, with the marks by which a later run knows its orphans, and
     without git finding the bot's own checkout above an empty workspace."""
     secret = settings.token or "\0"
     env = {name: value for name, value in os.environ.items() if name != "BOT_TOKEN" and secret not in value}
-    ceilings = [str(settings.workspaces), *filter(None, [env.get("GIT_CEILING_DIRECTORIES")])]
+    parent = os.path.dirname(workspace)        # elsewhere, if WORKSPACE_BASE_PATH was changed since the thread began
+    ceilings = [str(settings.workspaces), *filter(None, [parent]), *filter(None, [env.get("GIT_CEILING_DIRECTORIES")])]
     return {**env, "GIT_CEILING_DIRECTORIES": os.pathsep.join(ceilings), FOLDER_MARK: str(settings.folder),
             OWNER_MARK: owner_mark(), PROCESS_MARK: mark}
 
@@ -3197,8 +3214,8 @@ class Chat:
     def leave(self) -> None:
         """The turn is over: no more frames."""
 
-    def frame(self, draft_id: int, said: str, status: str) -> None:
-        """Show what was said so far, and what goes on."""
+    def frame(self, draft_id: int, said: str, status: str) -> bool:
+        """Show what was said so far, and what goes on; return False when that has to be tried again."""
         raise NotImplementedError
 
     def parts(self, text: str) -> "list[dict]":
@@ -3251,7 +3268,7 @@ class Topic(Chat):
         self._pace.leave(self._thread_id)
         self._gone = False                     # Telegram may have been wrong; it is asked again
 
-    def frame(self, draft_id: int, said: str, status: str) -> None:
+    def frame(self, draft_id: int, said: str, status: str) -> bool:
         """Send a frame, once: the next one is soon due, and an answer never waits for it."""
         text = "\n\n".join(filter(None, [tail(said, DRAFT_LIMIT - 300), tail(status, 200)])) or "…"
         try:
@@ -3260,6 +3277,8 @@ class Topic(Chat):
                                 keep_on_stop=True)
         except (Refused, Unreachable, TooManyRequests) as error:
             log.debug("A frame was not shown: %s", error)
+            return isinstance(error, Refused)      # the same again would be refused too
+        return True
 
     # -- lasting messages ----------------------------------------------------------------------------------------------
 
@@ -3342,6 +3361,8 @@ class Topic(Chat):
             log.debug("A message could not be edited: %s", refusal)
 
     def react(self, message_id: int, emoji: str) -> None:
+        if self._pace.closed_for():
+            return                             # in a 429 window nothing goes that the answer doesn't need
         self._telegram.call(apihelper.set_message_reaction, self._user_id, message_id, [types.ReactionTypeEmoji(emoji)],
                             chat=self._user_id)
 
@@ -3752,11 +3773,16 @@ def kiro_version(settings: Settings) -> str:
     if "kiro-cli" not in os.path.basename(program):
         return " ".join(settings.kiro_command)
     try:
-        result = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=VERSION_SECONDS,
-                                stdin=subprocess.DEVNULL, env=child_environment(settings, "version"))
-        return f"{result.stdout.strip() or result.stderr.strip() or 'of unknown version'} ({program})"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise StartError(f"KIRO_COMMAND: {program} --version failed: {type(error).__name__}") from error
+        process = subprocess.Popen([program, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.STDOUT, start_new_session=True, env=child_environment(settings, "version"))
+        said, _ = process.communicate(timeout=VERSION_SECONDS)
+    except OSError as error:
+        raise StartError(f"KIRO_COMMAND: {program} can't be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise StartError(f"KIRO_COMMAND: {program} --version does not answer; try it in a terminal") from error
+    return f"{said.strip() or 'of unknown version'} ({program})"
 
 
 def get_me(telegram: Telegram, seconds: float) -> dict:
@@ -3871,10 +3897,11 @@ class Terminal(Chat):
     def frame_wait(self, last: Optional[float], now: float) -> float:
         return max(0.0, last + 0.05 - now) if last else 0
 
-    def frame(self, draft_id: int, said: str, status: str) -> None:
+    def frame(self, draft_id: int, said: str, status: str) -> bool:
         if said.startswith(self._shown):
             self._print(said[len(self._shown):])
             self._shown = said
+        return True
 
     def parts(self, text: str) -> "list[dict]":
         return [plain_part(text)]
@@ -4007,9 +4034,10 @@ class ConsoleStore(SessionStore):
 
 def console(settings: Settings) -> int:
     """Run the console; return the exit status."""
-    make_folder(settings)
-    store = open_store(settings.folder / DATABASE, ConsoleStore)
     logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
+    make_folder(settings)
+    make_private(settings.folder / ".env", settings.folder / DATABASE)
+    store = open_store(settings.folder / DATABASE, ConsoleStore)
     with store:
         bot = Bot(settings, store)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -4024,6 +4052,7 @@ def console(settings: Settings) -> int:
 
 def check(settings: Settings) -> int:
     """Try everything once and print what was found; return 0 when all is well, else 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: nothing is left behind
     closing = threading.Event()
     telegram = Telegram(settings, closing)
     steps = [("Folder", lambda: check_folder(settings)), ("Database", lambda: check_database(settings)),
@@ -4043,6 +4072,7 @@ def check(settings: Settings) -> int:
 
 def check_folder(settings: Settings) -> str:
     make_folder(settings)
+    make_private(settings.folder / ".env", settings.folder / DATABASE)
     return str(settings.workspaces)
 
 
@@ -4060,8 +4090,9 @@ def check_telegram(telegram: Telegram) -> str:
 
 
 def handshake(settings: Settings) -> str:
-    """Start Kiro in a temporary folder, make a session, and say what it offers.  Raises KiroFailure."""
-    with tempfile.TemporaryDirectory() as folder, SessionStore(":memory:") as store:
+    """Start Kiro in a temporary folder, make a session, and say what it offers.  Raises KiroFailure, SettingsError."""
+    make_folder(settings)      # inside it: a sandbox may hide /tmp and everything else
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=settings.workspaces) as folder, SessionStore(":memory:") as store:
         bot = Bot(settings._replace(workspaces=Path(folder), silence_seconds=min(settings.silence_seconds, 60)), store)
         conversation = Conversation(bot, CONSOLE_USER, CONSOLE_THREAD, Terminal())
         try:
@@ -4094,7 +4125,8 @@ def main(arguments: "list[str]") -> int:
     """Run what the command line asks for; return the exit status: 2 for a bad setting."""
     parser = argparse.ArgumentParser(
         prog="bot.py", description="A Telegram bot that gives every topic of a private chat its own Kiro CLI session. "
-                                   "Settings are read from ./.env and the environment (see README.md).")
+                                   "Settings are read from ./.env and the environment (see README.md). "
+                                   "Without an option it serves Telegram until SIGINT or SIGTERM.")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true", help="try everything once, say what was found, exit 0 or 1")
     modes.add_argument("--console", action="store_true", help="talk to Kiro in this terminal, without Telegram")
@@ -4140,7 +4172,10 @@ def check_syntax(path: Path) -> None:
 
 def start(arguments: "list[str]") -> None:
     """Run the program and end it."""
-    status = main(arguments)
+    try:
+        status = main(arguments)
+    except KeyboardInterrupt:    # the check, or the console while it ends
+        status = 130
     sys.stdout.flush()
     logging.shutdown()
     os._exit(status)     # not sys.exit: threads that still wait for the network must not keep the program
