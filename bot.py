@@ -24,11 +24,11 @@ process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and 
 that offers an interrupted turn with **Ask again** and **Drop**.  *errand*: something short that talks to Telegram.
 
 Threads.  main: starts, then waits for a signal.  poll: says what was found at the start, then `Poll.run`; it waits for
-Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each
-topic that has commands or presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it alone calls Kiro and sends
-drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro process four more: reader,
-writer, stderr, and a waiter, which sees what is left of the process to its end and gives its place back; while it is ended, an
-ender, which sends the signals.
+Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has
+commands or presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it
+alone calls Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro
+process four more: reader, writer, stderr, and a waiter, which sees what is left of the process to its end and gives its
+place back; while it is ended, an ender, which sends the signals.
 
 Locks, each held for a moment and never across a network call: `Conversation.lock` (what waits, the turn, its permission
 requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is gone),
@@ -109,8 +109,8 @@ class SettingsError(Exception):
 class Settings(NamedTuple):
     """The settings of `.env`, checked."""
     token: str
-    allowed: "frozenset[int]"     # Telegram user ids
-    kiro_command: "list[str]"
+    allowed: frozenset[int]       # Telegram user ids
+    kiro_command: list[str]
     workspaces: Path              # absolute, resolved
     max_processes: int
     warm_seconds: float
@@ -122,7 +122,7 @@ class Settings(NamedTuple):
     folder: Path                  # the bot's own: `.env` and the database are here
 
 
-def read_settings(env: "dict[str, str]", folder: Path, need_token: bool = True) -> Settings:
+def read_settings(env: dict[str, str], folder: Path, need_token: bool = True) -> Settings:
     """Return the settings found in `env`; relative paths are taken from `folder`.  Raises SettingsError."""
     def value(name: str, default: str = "") -> str:
         return env.get(name, "").strip() or default
@@ -153,7 +153,7 @@ def _token(text: str, needed: bool) -> str:
     return text
 
 
-def _user_ids(text: str) -> "frozenset[int]":
+def _user_ids(text: str) -> frozenset[int]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if not re.fullmatch(r"[1-9]\d{0,18}", name, re.ASCII):
@@ -161,7 +161,7 @@ def _user_ids(text: str) -> "frozenset[int]":
     return frozenset(map(int, names))
 
 
-def _command(text: str, folder: Path) -> "list[str]":
+def _command(text: str, folder: Path) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -192,7 +192,7 @@ def _number(name: str, text: str, at_least: float, whole: bool = False) -> float
     return number
 
 
-def _choice(name: str, text: str, choices: "tuple[str, ...]") -> str:
+def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     for choice in choices:
         if text.lower() == choice.lower():
             return choice
@@ -239,6 +239,7 @@ ALLOWED_UPDATES = ["message", "edited_message", "callback_query", "stopped_messa
 POLL_SECONDS = 25               # a long poll; Telegram's cap is 50 [tg 5.1]
 CONFLICT_SECONDS = POLL_SECONDS + 10   # longer than a poll, so that two bots don't throw each other out in turns
 CONFLICTS_AT_MOST = 8
+STRANGER = "This bot is private. Your Telegram user id is {}; its owner can add it to ALLOWED_TELEGRAM_IDS."
 STRANGERS_REMEMBERED = 1000
 MESSAGE_KINDS = frozenset(["text", "photo", "document", "audio", "voice", "video", "video_note", "animation", "sticker",
                            "rich_message"])
@@ -250,11 +251,11 @@ class Poll:
     def __init__(self, bot: Bot) -> None:
         self._bot = bot
         self._commands = Commands(bot)
-        self._strangers: "set[int]" = set()
-        self._batch: "list[Accepted]" = []
+        self._strangers: set[int] = set()
+        self._batch: list[Accepted] = []
         self._body = ""                        # the update in hand, as JSON
         self._update_id = 0
-        self._told_of_trouble: "set[tuple[int, int]]" = set()      # (user, thread)
+        self._told_of_trouble: set[tuple[int, int]] = set()        # (user, thread)
         self._telebot = telebot.TeleBot(bot.settings.token, threaded=False)
         self._register()
 
@@ -296,7 +297,7 @@ class Poll:
                 failures += 1
             self._bot.closing.wait(pause)
 
-    def _fetch(self, offset: Optional[int]) -> "list[dict]":
+    def _fetch(self, offset: Optional[int]) -> list[dict]:
         updates = self._bot.telegram.call(apihelper.get_updates, offset=offset, timeout=10,
                                           long_polling_timeout=POLL_SECONDS, allowed_updates=ALLOWED_UPDATES)
         return updates if isinstance(updates, list) else []
@@ -314,7 +315,7 @@ class Poll:
             return CONFLICT_SECONDS
         return 0
 
-    def _take(self, updates: "list[dict]") -> Optional[int]:
+    def _take(self, updates: list[dict]) -> Optional[int]:
         """Journal and hand over a batch; return the offset that acknowledges it.  Raises StoreError: not acknowledged."""
         if not updates:
             return None
@@ -363,7 +364,7 @@ class Poll:
         except Exception:   # a bug in one action must not stop the loop
             log.exception("An update could not be handled")
 
-    def _tell_of_trouble(self, batch: "list[Accepted]", error: StoreError) -> None:
+    def _tell_of_trouble(self, batch: list[Accepted], error: StoreError) -> None:
         """Say it in each topic that wrote, once until the journal can be written again."""
         for user_id, thread_id in {(a.row.user_id, a.row.thread_id) for a in batch if a.row} - self._told_of_trouble:
             self._told_of_trouble.add((user_id, thread_id))
@@ -373,7 +374,7 @@ class Poll:
 
     # -- the gate: first of all, who and where -------------------------------------------------------------------------
 
-    def _lets_in(self, sender: "Optional[types.User | types.Chat]", chat: types.Chat) -> bool:
+    def _lets_in(self, sender: Optional[types.User | types.Chat], chat: types.Chat) -> bool:
         """Only allowed users in their own private chat; in a group others would read the answers."""
         return (sender is not None and chat.type == "private" and chat.id == sender.id
                 and sender.id in self._bot.settings.allowed)
@@ -391,8 +392,8 @@ class Poll:
 
     def _tell_stranger(self, stranger: int, thread_id: int) -> None:
         try:
-            self._bot.telegram.call(apihelper.send_message, stranger, f"This bot is private. Your Telegram user id is {stranger}; "
-                                    "its owner can add it to ALLOWED_TELEGRAM_IDS.", chat=stranger, message_thread_id=thread_id or None)
+            self._bot.telegram.call(apihelper.send_message, stranger, STRANGER.format(stranger), chat=stranger,
+                                    message_thread_id=thread_id or None)
         except (Unreachable, TooManyRequests):
             self._strangers.discard(stranger)      # so that the next message is answered
             raise
@@ -441,7 +442,7 @@ def without_novelties(update: dict) -> dict:
 class Accepted(NamedTuple):
     """An update that the gate let in."""
     kind: str                              # "message", "edit" or "press"
-    action: "Callable[[], None]"           # hands it over; run on the poll thread, so it must not wait
+    action: Callable[[], None]             # hands it over; run on the poll thread, so it must not wait
     row: Optional[InboxMessage] = None     # for the journal
 
 
@@ -452,7 +453,7 @@ class Incoming:
         self.update_id = update_id
         self.message = message
         self.arrived = time.monotonic()
-        self.files: "Optional[list[Attachment]]" = None    # once they are downloaded
+        self.files: Optional[list[Attachment]] = None      # once they are downloaded
         self.command, self.argument = command_of(message)
 
     @classmethod
@@ -462,7 +463,7 @@ class Incoming:
         return cls(row.update_id, update.message or update.edited_message)
 
     @property
-    def key(self) -> "tuple[int, int]":
+    def key(self) -> tuple[int, int]:
         """(user, thread)"""
         return self.message.chat.id, thread_of(self.message)
 
@@ -482,7 +483,7 @@ def thread_of(message: types.Message) -> int:
     return message.message_thread_id or 0 if getattr(message, "is_topic_message", None) else 0
 
 
-def command_of(message: types.Message) -> "tuple[str, str]":
+def command_of(message: types.Message) -> tuple[str, str]:
     """Return ("new", "the rest") for "/new the rest", two empty strings for what is no command."""
     text = "" if message.forward_origin else message.text or ""     # what somebody else wrote commands nothing
     match = re.match(r"/([A-Za-z0-9_-]+)(?:@\w+)?(?:\s+(.*))?$", text, re.S)
@@ -508,12 +509,12 @@ class Bot:
         self._bell, self.bell_handle = os.pipe()   # main waits for a byte: a lock would not always let a signal through
         self.telegram = Telegram(settings, self.closing)
         self.places = Places(settings.max_processes)
-        self.processes: "set[Kiro]" = set()    # started and not gone; each has a waiter that ends it
+        self.processes: set[Kiro] = set()      # started and not gone; each has a waiter that ends it
         self.spawning = threading.Lock()       # so that none is started unseen while the bot closes
-        self.permissions: "dict[str, Conversation]" = {}   # open questions by their token
-        self._conversations: "dict[tuple[int, int], Conversation]" = {}
+        self.permissions: dict[str, Conversation] = {}     # open questions by their token
+        self._conversations: dict[tuple[int, int], Conversation] = {}
         self._lock = threading.Lock()
-        self._errands: "dict[Any, deque[Callable[[], Any]]]" = {}    # by key; those of one key run one after the other
+        self._errands: dict[Any, deque[Callable[[], Any]]] = {}      # by key; those of one key run one after the other
 
     def chat(self, user_id: int, thread_id: int) -> Topic:
         """Return a way to speak in this topic."""
@@ -527,12 +528,12 @@ class Bot:
                 self._conversations[key] = Conversation(self, user_id, thread_id, self.chat(*key))
             return self._conversations[key]
 
-    def conversations(self) -> "list[Conversation]":
+    def conversations(self) -> list[Conversation]:
         """Return the conversations there are."""
         with self._lock:
             return list(self._conversations.values())
 
-    def errand(self, key: Any, action: "Callable[..., Any]", *args: Any, **kwargs: Any) -> None:
+    def errand(self, key: Any, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Run something short that talks to Telegram, away from the calling thread.
 
         Errands of one key, a topic for one, run in order and take one thread at most, so that none holds up the others.
@@ -547,7 +548,7 @@ class Bot:
                     del self._errands[key]
                     raise
 
-    def _run_errands(self, key: Any, mine: "deque[Callable[[], Any]]") -> None:
+    def _run_errands(self, key: Any, mine: deque[Callable[[], Any]]) -> None:
         while True:
             self._run_errand(mine[0])
             with self._lock:
@@ -556,7 +557,7 @@ class Bot:
                     del self._errands[key]
                     return
 
-    def _run_errand(self, action: "Callable[[], Any]") -> None:
+    def _run_errand(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Closing:
@@ -829,8 +830,10 @@ JOURNAL_RETRY_SECONDS = 15
 ASK_RETRY_SECONDS = 5
 QUESTION_LIMIT = 20_000           # UTF-16 units; room for the outcome must remain
 SEEN = "👀"
-HISTORY_GONE = "⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. The folder is as it was."
-STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).", "refusal": "ℹ️ Kiro declined to go on (refusal).",
+HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
+                "The folder is as it was.")
+STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
+                "refusal": "ℹ️ Kiro declined to go on (refusal).",
                 "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
                 "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
 
@@ -888,8 +891,8 @@ class Places:
     def __init__(self, count: int) -> None:
         self.count = count
         self._free = count
-        self._queue: "list[Ticket]" = []                # in order of arrival
-        self._warm: "dict[Conversation, Kiro]" = {}     # in order of last use
+        self._queue: list[Ticket] = []                  # in order of arrival
+        self._warm: dict[Conversation, Kiro] = {}       # in order of last use
         self._lock = threading.Lock()
 
     def ask(self, conversation: Conversation) -> Ticket:
@@ -997,8 +1000,8 @@ class Turn:
         self.draft_id = random.randint(1, 2**31 - 1)
         self.status = "Thinking…"              # what the draft says while Kiro says nothing
         self.began = time.monotonic()
-        self.messages: "list[Incoming]" = []   # taken, not waiting any more
-        self.prompt: "list[dict]" = []         # as ACP content blocks
+        self.messages: list[Incoming] = []     # taken, not waiting any more
+        self.prompt: list[dict] = []           # as ACP content blocks
         self.turn_id: Optional[int] = None     # the journal's, once begun
         self.stop_at: Optional[float] = None   # when the user stopped it
         self.caught = 0                        # how many messages waited then: the stop means them, not later ones
@@ -1008,14 +1011,14 @@ class Turn:
         self.prompted_at = 0.0                 # also: when the clock of silence was set anew
         self.end_by = math.inf                 # the response is not expected after this
         self.heard = False                     # text, a tool call or a permission request came
-        self.pieces: "list[str]" = []          # what Kiro said
+        self.pieces: list[str] = []            # what Kiro said
         self.length = 0
         self.cut = False                       # it said more than anybody can read
         self.attempt = 0                       # how many pieces were there when Kiro's present attempt began
         self.gap = False                       # a tool lies between the last piece and the next
-        self.tools: "dict[str, dict]" = {}     # tool calls by id
-        self.running: "dict[str, str]" = {}    # titles of the running ones
-        self.permissions: "dict[str, Permission]" = {}
+        self.tools: dict[str, dict] = {}       # tool calls by id
+        self.running: dict[str, str] = {}      # titles of the running ones
+        self.permissions: dict[str, Permission] = {}
         self.credits: Optional[float] = None   # what it cost, if Kiro told
         self.trouble = ""                      # Kiro's last word about limits and retries
         self.frame_at: Optional[float] = None  # when the last frame was sent
@@ -1082,12 +1085,12 @@ class Link:
     Used on the conversation's thread only; while it waits, it lets the conversation handle what happens.
     """
 
-    def __init__(self, talk: Conversation) -> None:
-        self._talk, self._key = talk, talk.key
-        self._bot, self._settings = talk.bot, talk.settings
-        self._store, self._places = talk.store, talk.places
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation, self._key = conversation, conversation.key
+        self._bot, self._settings = conversation.bot, conversation.settings
+        self._store, self._places = conversation.store, conversation.places
         self.kiro: Optional[Kiro] = None
-        self.former: "list[Kiro]" = []          # they may still hold the session's lock
+        self.former: list[Kiro] = []            # they may still hold the session's lock
         self.models: Optional[Models] = None    # what Kiro told last
         self._lost = ""                         # a session that Kiro does not have any more
         self._no_load_told = False
@@ -1097,7 +1100,7 @@ class Link:
 
         Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
         """
-        self._talk.check_stop()
+        self._conversation.check_stop()
         while True:
             kiro = self.kiro
             if kiro is None or kiro.gone.is_set():
@@ -1130,33 +1133,33 @@ class Link:
         workspace = self.workspace()
         self._take_place()
         try:
-            kiro = self.kiro = Kiro(self._bot, workspace, self._talk.post)
+            kiro = self.kiro = Kiro(self._bot, workspace, self._conversation.post)
         except (OSError, ValueError) as error:
             self._places.give_back()
             reason = getattr(error, "strerror", None) or error
             raise KiroFailure(f"Kiro could not be started: {reason} ({self._settings.kiro_command[0]}). Check KIRO_COMMAND on "
                               "the server.") from error
-        if self._talk.turn is None:
+        if self._conversation.turn is None:
             kiro.kept_warm = True
-            self._places.keep_warm(self._talk, kiro)
+            self._places.keep_warm(self._conversation, kiro)
         return kiro
 
     def _take_place(self) -> None:
         """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
-        if self._talk.turn is None and self._places.try_take():
+        if self._conversation.turn is None and self._places.try_take():
             return
-        if self._talk.turn is None:
+        if self._conversation.turn is None:
             self._await_former()        # which may free its place
-        if self._talk.turn is None:
+        if self._conversation.turn is None:
             if self._places.try_take():
                 return
             raise NoPlace
-        ticket = self._places.ask(self._talk)
-        turn = self._talk.turn
+        ticket = self._places.ask(self._conversation)
+        turn = self._conversation.turn
         status, turn.status = turn.status, "Waiting for a free place: other topics are busy…"
         try:
             while not ticket.granted:
-                self._talk.wait(math.inf)
+                self._conversation.wait(math.inf)
         except BaseException:
             self._places.withdraw(ticket)
             raise
@@ -1167,7 +1170,7 @@ class Link:
         kiro, self.kiro = self.kiro, None
         if kiro is None:
             return
-        self._places.claim(self._talk)
+        self._places.claim(self._conversation)
         kiro.kept_warm = False
         if not kiro.exit_noticed:
             self.former.append(kiro)
@@ -1179,7 +1182,7 @@ class Link:
         while self.former:
             if time.monotonic() > limit:
                 raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
-            self._talk.wait(limit)
+            self._conversation.wait(limit)
 
     def request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
         """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
@@ -1195,7 +1198,7 @@ class Link:
             limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + 4 * seconds)
             if time.monotonic() >= limit:
                 raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
-            self._talk.wait(min(limit, time.monotonic() + 1))
+            self._conversation.wait(min(limit, time.monotonic() + 1))
         del kiro.in_flight[method]
         frame = kiro.responses.pop(request_id)
         if "error" in frame:
@@ -1237,13 +1240,13 @@ class Link:
         if record.session_id == self._lost:
             self._new_session(kiro)
             if had_history:
-                self._talk.note(HISTORY_GONE)
+                self._conversation.note(HISTORY_GONE)
             return
         if not kiro.can_load:
             self._new_session(kiro)
             if had_history and not self._no_load_told:
                 self._no_load_told = True
-                self._talk.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
+                self._conversation.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
             return
         try:
             self._load_session(kiro, record, had_history)
@@ -1264,7 +1267,7 @@ class Link:
         self._store.upsert_session(*self._key, session_id, kiro.workspace)
         if model != "auto":
             self._store.set_model(*self._key, model)
-        self._talk.context, self._talk.context_told = None, False
+        self._conversation.context, self._conversation.context_told = None, False
         self._opened(kiro, session_id, result)
 
     def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
@@ -1285,19 +1288,19 @@ class Link:
                     raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
             retry_at = time.monotonic() + pause
             while time.monotonic() < retry_at:
-                self._talk.wait(retry_at)
+                self._conversation.wait(retry_at)
             pause = min(2 * pause, 2)
         self._let_replay_end(kiro)
         if missing and had_history and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
             self._store.set_facts(record.session_id, ended=False, taught=False)
-            self._talk.note(HISTORY_GONE)
+            self._conversation.note(HISTORY_GONE)
         self._opened(kiro, record.session_id, result)
 
     def _let_replay_end(self, kiro: Kiro) -> None:
         """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
         limit = time.monotonic() + REPLAY_SECONDS
         while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
-            self._talk.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
+            self._conversation.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
 
     def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
         """Note what a session/new or session/load has told."""
@@ -1315,7 +1318,7 @@ class Link:
         if wanted not in names:
             if wanted != "auto":
                 self._store.set_model(*self._key, "auto")
-                self._talk.note(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
+                self._conversation.note(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
             wanted = "auto"
         if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
             return
@@ -1327,7 +1330,7 @@ class Link:
         try:
             self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
         except (KiroRefusal, KiroSilent) as failure:
-            self._talk.note(f"⚠️ The model may not be {wanted}: {failure}")
+            self._conversation.note(f"⚠️ The model may not be {wanted}: {failure}")
         finally:
             kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
 
@@ -1346,22 +1349,22 @@ class Conversation:
         self.user_id, self.thread_id, self.chat = user_id, thread_id, chat
         self.key = user_id, thread_id
         self.lock = threading.Lock()            # guards the next five
-        self.waiting: "deque[Incoming]" = deque()
-        self.unfinished: "deque[UnfinishedTurn]" = deque()
+        self.waiting: deque[Incoming] = deque()
+        self.unfinished: deque[UnfinishedTurn] = deque()
         self.turn: Optional[Turn] = None        # there is one whenever something waits or runs
         self._running = False                   # is there a thread
         self._burst_seen = False                # the first message that has to wait got its reaction
-        self._events: "queue.SimpleQueue[tuple]" = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.link = Link(self)
         self._warm_until = 0.0
         self.sending = False                    # a part is on its way, and not ticked off yet
         self._model_chosen = False              # and the warm process does not know yet
-        self._notes: "list[str]" = []           # to be said with the next answer
-        self._unsent: "list[str]" = []          # files that could not be sent, for Kiro to hear of
+        self._notes: list[str] = []             # to be said with the next answer
+        self._unsent: list[str] = []            # files that could not be sent, for Kiro to hear of
         self.context: Optional[float] = None    # percent, as Kiro told last
         self.credits: Optional[float] = None
         self.context_told = False               # that it is nearly full
-        self._refusals: "list[str]" = []        # the last turns' errors, while they are the same
+        self._refusals: list[str] = []          # the last turns' errors, while they are the same
 
     # -- for all threads -----------------------------------------------------------------------------------------------
 
@@ -1386,7 +1389,7 @@ class Conversation:
             messages = (self.turn.messages if self.turn else None) or self.waiting
             return messages[0].arrived if messages else time.monotonic()
 
-    def tell(self, text: str, buttons: "Optional[list]" = None) -> None:
+    def tell(self, text: str, buttons: Optional[list] = None) -> None:
         """Send a message of the bot's own, and have the draft that it hides sent anew."""
         self.chat.say(text, buttons)
         if self.turn:
@@ -1497,11 +1500,11 @@ class Conversation:
 
     # -- models --------------------------------------------------------------------------------------------------------
 
-    def model_names(self) -> "list[str]":
+    def model_names(self) -> list[str]:
         """Return the ids of the models that Kiro reported last."""
         return [name for name, _ in self.link.models.offered] if self.link.models else []
 
-    def answer_model(self, wanted: str) -> "tuple[str, Optional[Buttons]]":
+    def answer_model(self, wanted: str) -> tuple[str, Optional[Buttons]]:
         """Choose a model, or list them when none is wanted; return a text and buttons."""
         names = self.model_names()
         if not names:
@@ -1743,7 +1746,8 @@ class Conversation:
         if wait:
             return now + wait
         turn.frame_at = now
-        turn.stale = not self.chat.frame(turn.draft_id, visible_text(turn.text(), still_coming=True)[0], self._draft_status(turn))
+        said, _ = visible_text(turn.text(), still_coming=True)
+        turn.stale = not self.chat.frame(turn.draft_id, said, self._draft_status(turn))
         return time.monotonic()
 
     def _draft_status(self, turn: Turn) -> str:
@@ -1758,7 +1762,7 @@ class Conversation:
 
     # -- the prompt ----------------------------------------------------------------------------------------------------
 
-    def _compose(self, kiro: Kiro, batch: "list[Incoming]") -> "list[dict]":
+    def _compose(self, kiro: Kiro, batch: list[Incoming]) -> list[dict]:
         """Return the messages as ACP content blocks; their files are downloaded first."""
         if batch[0].command:
             return [{"type": "text", "text": re.sub(r"^(/[\w-]+)@\w+", r"\1", words(batch[0].message))}]
@@ -1770,7 +1774,7 @@ class Conversation:
             blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(self._unsent) + "]"})
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
 
-    def _download(self, kiro: Kiro, incoming: Incoming) -> "list[Attachment]":
+    def _download(self, kiro: Kiro, incoming: Incoming) -> list[Attachment]:
         """Fetch a message's file into the workspace; one that can't be had is named."""
         file = file_of(incoming.message)
         if file is None:
@@ -1785,7 +1789,7 @@ class Conversation:
             return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
         return [Attachment(path, "", file.is_image)]
 
-    def _attended(self, chunks: "Iterator[bytes]", turn: Turn) -> "Iterator[bytes]":
+    def _attended(self, chunks: Iterator[bytes], turn: Turn) -> Iterator[bytes]:
         """Pass a download on until the turn is stopped or the time is up."""
         limit = time.monotonic() + DOWNLOAD_SECONDS
         for chunk in chunks:
@@ -1795,9 +1799,9 @@ class Conversation:
                 raise Unreachable(f"the download took more than {DOWNLOAD_SECONDS // 60} minutes")
             yield chunk
 
-    def _aside(self, work: "Callable[[], Any]") -> Any:
+    def _aside(self, work: Callable[[], Any]) -> Any:
         """Do something that waits for the network on a thread of its own, while draft and Stop go on; return its result."""
-        outcome: "list[tuple[Any, Optional[Exception]]]" = []
+        outcome: list[tuple[Any, Optional[Exception]]] = []
 
         def run() -> None:
             try:
@@ -1819,7 +1823,7 @@ class Conversation:
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
-    def _run_turn(self, turn: Turn) -> "tuple[str, bool]":
+    def _run_turn(self, turn: Turn) -> tuple[str, bool]:
         """Bring the waiting messages to Kiro and hear it out; return a remark for the answer's end, and whether to offer
         the turn again."""
         try:
@@ -1868,16 +1872,16 @@ class Conversation:
             refusal.again = kiro is warm and bool(NOT_LOGGED_IN.search(str(refusal)))
             raise
 
-    def _batch(self) -> "list[Incoming]":
+    def _batch(self) -> list[Incoming]:
         """Return what goes as one prompt: commands alone, everything else up to the next command."""
-        batch: "list[Incoming]" = []
+        batch: list[Incoming] = []
         for incoming in self.waiting:
             if incoming.goes_alone:
                 return batch or [incoming]
             batch.append(incoming)
         return batch
 
-    def _move(self, batch: "list[Incoming]", turn: Turn) -> None:
+    def _move(self, batch: list[Incoming], turn: Turn) -> None:
         """Make the messages that wait longest the turn's.  The lock is held."""
         for _ in batch:
             self.waiting.popleft()
@@ -1910,7 +1914,7 @@ class Conversation:
                 return
             self.wait(until)
 
-    def _journal_begin(self, batch: "list[Incoming]") -> int:
+    def _journal_begin(self, batch: list[Incoming]) -> int:
         """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
         told = False
         for _ in range(JOURNAL_TRIES):
@@ -2021,7 +2025,7 @@ class Conversation:
         how = remark.splitlines()[0] if remark else "done"
         log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
 
-    def _caught(self, turn: Turn) -> "list[Incoming]":
+    def _caught(self, turn: Turn) -> list[Incoming]:
         """Return the waiting messages that a turn ends without Kiro: a stop means those that were there."""
         batch = self._batch()
         return batch if turn.stop_at is None else batch[:max(turn.caught, 1)]
@@ -2031,7 +2035,7 @@ class Conversation:
         if self.places.in_demand():
             self.link.let_go()
 
-    def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> "list[dict]":
+    def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> list[dict]:
         """Return the lasting messages of the answer: notes, text, files, remarks."""
         text, files = visible_text(turn.text())
         text = text if text.strip() else ""        # blank, it would be no part at all
@@ -2039,7 +2043,7 @@ class Conversation:
         if remark.startswith("⏹") and text:
             text, remarks = f"{close_code(text)}\n\n{remark}", []
         if turn.cut:
-            remarks.append(f"⚠️ The answer was longer than {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
+            remarks.append(f"⚠️ The answer went on after {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
         if not text and not files and not remarks:
             remarks.append(turn.trouble or "Kiro has finished without saying anything.")
         if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
@@ -2056,7 +2060,7 @@ class Conversation:
             parts[-1]["buttons"] = "offer"
         return parts
 
-    def _deliver(self, turn_id: Optional[int], parts: "list[tuple[int, dict]]", offer: bool) -> None:
+    def _deliver(self, turn_id: Optional[int], parts: list[tuple[int, dict]], offer: bool) -> None:
         """Send the parts in order, and tick each off when Telegram has confirmed it."""
         try:
             for position, part in parts:
@@ -2122,7 +2126,7 @@ class Conversation:
         while time.monotonic() < until:
             self._pump(until)
 
-    def _card(self, unfinished: UnfinishedTurn) -> "list[dict]":
+    def _card(self, unfinished: UnfinishedTurn) -> list[dict]:
         """Return what Kiro had said, and the message that offers the turn again."""
         asked = []
         for row in self.store.messages_of(unfinished.turn_id):
@@ -2161,7 +2165,7 @@ class Conversation:
                 return self.waiting.appendleft(incoming)
         self.store.done(incoming.update_id)
 
-    def _serve_new(self, turn: Turn, incoming: Incoming) -> "tuple[str, None]":
+    def _serve_new(self, turn: Turn, incoming: Incoming) -> tuple[str, None]:
         """Make a session now, not with the next message; return a text and no buttons."""
         turn.status = "Starting a new session…"
         kiro = self.link.begin_anew()
@@ -2169,7 +2173,7 @@ class Conversation:
         model = self.store.get_model(self.user_id, self.thread_id)
         return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
 
-    def _serve_model(self, turn: Turn, incoming: Incoming) -> "tuple[str, Optional[Buttons]]":
+    def _serve_model(self, turn: Turn, incoming: Incoming) -> tuple[str, Optional[Buttons]]:
         """Answer /model when Kiro has not told its models yet; return a text and buttons."""
         turn.status = "Asking Kiro for its models…"
         self.link.ready()
@@ -2277,7 +2281,7 @@ def words(message: types.Message) -> str:
     return message.text or message.caption or ""
 
 
-def _texts_in(value: Any) -> "Iterator[str]":
+def _texts_in(value: Any) -> Iterator[str]:
     """Yield the text of each block."""
     if isinstance(value, dict):
         if "text" in value:
@@ -2333,7 +2337,7 @@ def text_block(incoming: Incoming) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def join_texts(batch: "list[Incoming]") -> str:
+def join_texts(batch: list[Incoming]) -> str:
     """Join messages to one text; a pasted text that the client split is put together again."""
     text, last = "", None
     for incoming in batch:
@@ -2344,7 +2348,7 @@ def join_texts(batch: "list[Incoming]") -> str:
     return text
 
 
-def image_blocks(batch: "list[Incoming]") -> "list[dict]":
+def image_blocks(batch: list[Incoming]) -> list[dict]:
     """Return the images as ACP blocks, as far as they fit into one prompt."""
     blocks, room = [], IMAGES_BYTES
     for path in (a.path for incoming in batch for a in incoming.files or () if a.is_image and a.path):
@@ -2428,7 +2432,7 @@ def uploads_folder(workspace: str) -> str:
     return folder
 
 
-def save(chunks: "Iterator[bytes]", workspace: str, name: str) -> str:
+def save(chunks: Iterator[bytes], workspace: str, name: str) -> str:
     """Stream a file into the uploads under a temporary name, then give it its own; return the path.  Raises OSError."""
     folder = uploads_folder(workspace)
     for left in Path(folder).glob(".incoming-*"):      # of a run that was killed; there is one download at a time
@@ -2461,13 +2465,14 @@ FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PR
 NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
 LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
-                  r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found", re.I | re.S)
+                  r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found",
+                  re.I | re.S)
 RESOURCE_NOT_FOUND = -32002
 
 
 class Models(NamedTuple):
     """The models that Kiro reports for a session."""
-    offered: "list[tuple[str, str]]"    # (id, label)
+    offered: list[tuple[str, str]]      # (id, label)
     current: str                        # id
     config_id: Optional[str]            # of session/set_config_option; None: session/set_model
 
@@ -2479,7 +2484,7 @@ class Kiro:
     It has a place, which its waiter gives back when nothing of it is left.
     """
 
-    def __init__(self, bot: Bot, workspace: str, post: "Callable[..., None]") -> None:
+    def __init__(self, bot: Bot, workspace: str, post: Callable[..., None]) -> None:
         """Start the process.  Raises OSError, and Closing."""
         self._bot, self._post = bot, post
         self.workspace = workspace
@@ -2491,8 +2496,8 @@ class Kiro:
         self.lesson = ""                         # about the bot's tags: "known" to the session, or "sent" with this prompt
         self.kept_warm = False                   # counted among the warm ones
         self.exit_noticed = False                # by the conversation, which had handled all earlier frames then
-        self.in_flight: "dict[str, tuple[int, float]]" = {}   # by method: request id, when it was sent
-        self.responses: "dict[int, dict]" = {}
+        self.in_flight: dict[str, tuple[int, float]] = {}     # by method: request id, when it was sent
+        self.responses: dict[int, dict] = {}
         self.turn_open = False                   # between a prompt and its response
         self.replayed_before_response = False
         self.gone = threading.Event()            # the process and all it left behind have ended
@@ -2500,7 +2505,7 @@ class Kiro:
         self._stderr = b""
         self._next_id = 0
         self._prompt_id = 0
-        self._outgoing: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         self._lock = threading.Lock()            # between a signal and the moment when the pid may be another's
         self._reaped = self._ending = False
         with bot.spawning:
@@ -2526,20 +2531,20 @@ class Kiro:
             bot.processes.discard(self)
             raise OSError(0, str(error)) from error
 
-    def _thread(self, target: "Callable[[], None]", role: str) -> threading.Thread:
+    def _thread(self, target: Callable[[], None], role: str) -> threading.Thread:
         thread = threading.Thread(target=target, name=f"{role} of {self.pid}", daemon=True)
         thread.start()
         return thread
 
     # -- to Kiro: nothing here waits, the writer does ------------------------------------------------------------------
 
-    def request(self, method: str, params: dict) -> "tuple[int, float]":
+    def request(self, method: str, params: dict) -> tuple[int, float]:
         """Send a request; return its id and the time.  The response comes as an event."""
         self._next_id += 1
         self._send({"id": self._next_id, "method": method, "params": params})
         return self._next_id, time.monotonic()
 
-    def prompt(self, blocks: "list[dict]") -> "tuple[int, float]":
+    def prompt(self, blocks: list[dict]) -> tuple[int, float]:
         """Begin a turn; until its response, updates and permission requests are let through."""
         self._prompt_id, self.turn_open = self._next_id + 1, True
         return self.request("session/prompt", {"sessionId": self.session_id, "prompt": blocks})
@@ -2728,7 +2733,7 @@ class Kiro:
         self._bot.places.give_back()
         self._post("exit", self)
 
-    def _leftovers(self) -> "list[int]":
+    def _leftovers(self) -> list[int]:
         """Return the processes that this one has started and that still run."""
         return [pid for pid in related_processes(self.mark, self.pid) if pid != self.pid]
 
@@ -2740,7 +2745,7 @@ def _kill(pid: int, number: int) -> None:
         pass
 
 
-def child_environment(settings: Settings, mark: str, workspace: str = "") -> "dict[str, str]":
+def child_environment(settings: Settings, mark: str, workspace: str = "") -> dict[str, str]:
     """Return Kiro's environment: ours without the token, with the marks by which a later run knows its orphans, and
     without git finding the bot's own checkout above an empty workspace."""
     secret = settings.token or "\0"
@@ -2916,7 +2921,7 @@ def _proc(pid: int, name: str) -> bytes:
         return b""
 
 
-def _stat(pid: int) -> "list[bytes]":
+def _stat(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat from the third on (state, ppid, pgrp, ...); none when there is no process."""
     return _proc(pid, "stat").rpartition(b")")[2].split()
 
@@ -2938,13 +2943,13 @@ def start_time(pid: int) -> float:
     return int(boot[1]) + int(ticks) / os.sysconf("SC_CLK_TCK") if boot and ticks else 0.0
 
 
-def environment_of(pid: int) -> "dict[str, str]":
+def environment_of(pid: int) -> dict[str, str]:
     """Return the environment that the process was started with; empty when it is not ours to see."""
     pairs = (pair.partition(b"=") for pair in _proc(pid, "environ").split(b"\0"))
     return {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
 
 
-def related_processes(mark: str, group: int = 0) -> "list[int]":
+def related_processes(mark: str, group: int = 0) -> list[int]:
     """Return the running processes that carry the process mark in their environment, or are of the process group."""
     needle, pgrp = f"{PROCESS_MARK}={mark}".encode(), str(group).encode()
     try:
@@ -3025,7 +3030,7 @@ class Pace:
         self._lock = threading.Lock()
         self._closed_until = 0.0
         self._next_frame = 0.0
-        self._wanting: "dict[int, tuple[float, float]]" = {}   # thread: when its last frame was, when it asked
+        self._wanting: dict[int, tuple[float, float]] = {}     # thread: when its last frame was, when it asked
 
     def close(self, seconds: float) -> None:
         """Telegram has answered 429."""
@@ -3074,7 +3079,7 @@ class Telegram:
         self._api_url = settings.api_url
         self.is_local = settings.api_url != TELEGRAM_API
         self.rich = True                       # until the server turns out not to know rich messages
-        self._paces: "dict[int, Pace]" = {}
+        self._paces: dict[int, Pace] = {}
         self._session = requests.Session()     # one for all threads: a new thread finds connections that are open
         self._session.proxies = requests.utils.get_environ_proxies(settings.api_url)
         self._session.trust_env = False        # looked up once, not for each request
@@ -3090,7 +3095,7 @@ class Telegram:
         """Return the chat's gate."""
         return self._paces.setdefault(chat, Pace())
 
-    def call(self, method: "Callable[..., Any]", *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
+    def call(self, method: Callable[..., Any], *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
         """Call one of telebot's apihelper functions once; return Telegram's result as it came.
 
         `chat` is the chat whose gate a 429 closes.  Raises Refused, Unauthorized, Conflict, TooManyRequests, Unreachable.
@@ -3117,7 +3122,7 @@ class Telegram:
             return Unreachable(f"{code} {description}")
         return {401: Unauthorized, 409: Conflict}.get(code, Refused)(code, description)
 
-    def insist(self, method: "Callable[..., Any]", *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
+    def insist(self, method: Callable[..., Any], *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
         """Call until there is a definite answer, for so many seconds; what was lost on the way is sent again.
 
         Raises Refused, Unreachable, and Closing when the bot is stopping.
@@ -3156,7 +3161,7 @@ class Telegram:
         response.encoding = "utf-8"            # else requests guesses it, at length
         return response
 
-    def download(self, file_id: str, chat: int) -> "Iterator[bytes]":
+    def download(self, file_id: str, chat: int) -> Iterator[bytes]:
         """Yield a file's bytes.  Raises as `insist`, and OSError."""
         path = self.insist(apihelper.get_file, file_id, chat=chat, seconds=GET_FILE_SECONDS)["file_path"]
         if self.is_local and os.path.isabs(path):       # a local Bot API server hands out its own files [tg 4]
@@ -3218,11 +3223,11 @@ class Chat:
         """Show what was said so far, and what goes on; return False when that has to be tried again."""
         raise NotImplementedError
 
-    def parts(self, text: str) -> "list[dict]":
+    def parts(self, text: str) -> list[dict]:
         """Cut Kiro's text into parts."""
         raise NotImplementedError
 
-    def send(self, part: dict) -> "list[dict]":
+    def send(self, part: dict) -> list[dict]:
         """Send a part of an answer; return other parts when it has to be sent in their form instead."""
         raise NotImplementedError
 
@@ -3246,7 +3251,7 @@ class Chat:
         """Show that a message was seen."""
         raise NotImplementedError
 
-    def download(self, file: TelegramFile) -> "Iterator[bytes]":
+    def download(self, file: TelegramFile) -> Iterator[bytes]:
         """Yield a file's bytes.  Raises Refused, Unreachable, TooManyRequests, OSError."""
         raise NotImplementedError
 
@@ -3282,15 +3287,15 @@ class Topic(Chat):
 
     # -- lasting messages ----------------------------------------------------------------------------------------------
 
-    def parts(self, text: str) -> "list[dict]":
+    def parts(self, text: str) -> list[dict]:
         if not (self._rich and self._telegram.rich and has_markdown(text)):
             return self._plain_parts(text)
         return [{"kind": "rich", "text": piece} for piece in rich_pieces(text)]
 
-    def _plain_parts(self, text: str) -> "list[dict]":
+    def _plain_parts(self, text: str) -> list[dict]:
         return [plain_part(piece) for piece in split_text(text, PLAIN_LIMIT, utf16_length)]
 
-    def send(self, part: dict) -> "list[dict]":
+    def send(self, part: dict) -> list[dict]:
         try:
             if part["kind"] == "rich":
                 rich = types.InputRichMessage(markdown=rich_safe(part["text"]), skip_entity_detection=True)
@@ -3301,7 +3306,7 @@ class Topic(Chat):
             return self._other_form(part, refusal)
         return []
 
-    def _other_form(self, part: dict, refusal: Refused) -> "list[dict]":
+    def _other_form(self, part: dict, refusal: Refused) -> list[dict]:
         """Return the parts to send in the place of one that was refused."""
         if refusal.code == 403 or "chat not found" in refusal.description:
             log.error("An answer can't be delivered to %s: %s", self._user_id, refusal)
@@ -3326,7 +3331,7 @@ class Topic(Chat):
         return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds,
                           reply_markup=markup(buttons), link_preview_options=NO_PREVIEW)
 
-    def _post(self, method: "Callable[..., Any]", content: Any, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
+    def _post(self, method: Callable[..., Any], content: Any, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
         """Send into the topic; when it was deleted, to the chat itself, and say so."""
         insist = self._telegram.insist
         if self._thread_id and not self._gone:
@@ -3368,7 +3373,7 @@ class Topic(Chat):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def download(self, file: TelegramFile) -> "Iterator[bytes]":
+    def download(self, file: TelegramFile) -> Iterator[bytes]:
         if file.size > DOWNLOAD_LIMIT and not self._telegram.is_local:
             raise Refused(400, "file is too big: Telegram hands bots files of up to 20 MB only")
         return self._telegram.download(file.file_id, self._user_id)
@@ -3517,12 +3522,12 @@ def tail(text: str, limit: int) -> str:
     return "…" + (end[line + 1:] if 0 <= line < len(end) // 2 else end)
 
 
-def code_ranges(text: str) -> "list[tuple[int, int]]":
+def code_ranges(text: str) -> list[tuple[int, int]]:
     """Return where code is: fenced blocks, closed or not, and code spans."""
     return [match.span() for match in CODE.finditer(text)] if "`" in text or "~~~" in text else []
 
 
-def visible_text(text: str, still_coming: bool = False) -> "tuple[str, list[tuple[str, str]]]":
+def visible_text(text: str, still_coming: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """Return the text without its file tags, and the (path, caption) of each; tags inside code are text.
 
     While the text is still coming, the beginning of a tag at its end is hidden too.
@@ -3591,12 +3596,12 @@ def fence_mark(fence: str) -> str:
     return FENCE_LINE.match(fence)[1]
 
 
-def split_text(text: str, limit: int, size: "Callable[[str], int]" = len, lines_at_most: int = 10**9) -> "Iterator[str]":
+def split_text(text: str, limit: int, size: Callable[[str], int] = len, lines_at_most: int = 10**9) -> Iterator[str]:
     """Yield the text in pieces of at most `limit` by `size`: cut at paragraphs, else lines, else words; a code block is
     closed at a cut and opened again with its language."""
     room = max(limit - 80, limit // 2, 1)      # for the fences at both ends
-    piece: "list[str]" = []                    # lines, with the fence that is open before each
-    fences: "list[str]" = []
+    piece: list[str] = []                      # lines, with the fence that is open before each
+    fences: list[str] = []
     used, fence = 0, ""
     for line in short_lines(text, room, size):
         if piece and (used + size(line) > room or len(piece) >= lines_at_most):
@@ -3611,7 +3616,7 @@ def split_text(text: str, limit: int, size: "Callable[[str], int]" = len, lines_
     yield from fenced(piece, fences[0] if fences else "", fence)
 
 
-def best_cut(piece: "list[str]", fences: "list[str]") -> int:
+def best_cut(piece: list[str], fences: list[str]) -> int:
     """Return before which line to cut: after the last blank line of the second half that is in no code block."""
     for n in range(len(piece) - 1, len(piece) // 2, -1):
         if not piece[n - 1].strip() and not fences[n]:
@@ -3619,7 +3624,7 @@ def best_cut(piece: "list[str]", fences: "list[str]") -> int:
     return len(piece)
 
 
-def fenced(lines: "list[str]", before: str, after: str) -> "Iterator[str]":
+def fenced(lines: list[str], before: str, after: str) -> Iterator[str]:
     """Yield the lines as one piece, its code block opened and closed if it is cut through; nothing for blank ones."""
     body = "".join(lines).rstrip("\n") if before else "".join(lines).strip("\n")
     if not body.strip():
@@ -3630,7 +3635,7 @@ def fenced(lines: "list[str]", before: str, after: str) -> "Iterator[str]":
     yield opening + body + (f"\n{fence_mark(after)}" if after else "")
 
 
-def short_lines(text: str, room: int, size: "Callable[[str], int]") -> "Iterator[str]":
+def short_lines(text: str, room: int, size: Callable[[str], int]) -> Iterator[str]:
     """Yield the lines with their ends, those that don't fit cut at spaces."""
     for line in text.splitlines(keepends=True):
         while size(line) > room:
@@ -3642,7 +3647,7 @@ def short_lines(text: str, room: int, size: "Callable[[str], int]") -> "Iterator
         yield line
 
 
-def rich_pieces(text: str) -> "Iterator[str]":
+def rich_pieces(text: str) -> Iterator[str]:
     """Yield Kiro's Markdown in pieces that are rich messages of allowed size once they are made safe."""
     for piece in split_text(text, RICH_SOURCE, len, RICH_LINES):
         if len(rich_safe(piece)) <= RICH_LIMIT:
@@ -3661,7 +3666,7 @@ def safe_prose(text: str) -> str:
     return PROSE.sub(_safe_token, text)
 
 
-def _safe_token(match: "re.Match[str]") -> str:
+def _safe_token(match: re.Match[str]) -> str:
     """Return what stands for one match of PROSE; code and escapes stay as they are."""
     if match["link"]:
         return _safe_link(match["label"], match["target"])
@@ -3681,7 +3686,7 @@ def _safe_token(match: "re.Match[str]") -> str:
     return match[0]
 
 
-def _safe_mark(match: "re.Match[str]") -> str:
+def _safe_mark(match: re.Match[str]) -> str:
     mark = match["mark"]
     if mark == "<":
         return "&lt;"
@@ -3877,7 +3882,7 @@ def purge(store: SessionStore) -> None:
         log.error("Old messages can't be purged: %s", error)
 
 
-def open_store(path: Path, kind: "type[SessionStore]" = SessionStore) -> SessionStore:
+def open_store(path: Path, kind: type[SessionStore] = SessionStore) -> SessionStore:
     """Return the database.  Raises StartError."""
     try:
         return kind(str(path))
@@ -3903,10 +3908,10 @@ class Terminal(Chat):
             self._shown = said
         return True
 
-    def parts(self, text: str) -> "list[dict]":
+    def parts(self, text: str) -> list[dict]:
         return [plain_part(text)]
 
-    def send(self, part: dict) -> "list[dict]":
+    def send(self, part: dict) -> list[dict]:
         text = part["text"]
         self._print((text[len(self._shown):] if text.startswith(self._shown) else text) + "\n")
         self._shown = ""
@@ -4121,7 +4126,7 @@ def check_locks(settings: Settings) -> str:
 
 # -- main --------------------------------------------------------------------------------------------------------------
 
-def main(arguments: "list[str]") -> int:
+def main(arguments: list[str]) -> int:
     """Run what the command line asks for; return the exit status: 2 for a bad setting."""
     parser = argparse.ArgumentParser(
         prog="bot.py", description="A Telegram bot that gives every topic of a private chat its own Kiro CLI session. "
@@ -4170,7 +4175,7 @@ def check_syntax(path: Path) -> None:
                 raise SettingsError(f".env, line {binding.original.line}: {name} can't be read (is a quote missing?)")
 
 
-def start(arguments: "list[str]") -> None:
+def start(arguments: list[str]) -> None:
     """Run the program and end it."""
     try:
         status = main(arguments)

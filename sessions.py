@@ -232,12 +232,12 @@ class SessionStore:
         with self._transaction() as db:
             return db.execute(COUNT_SESSIONS).fetchone()[0]
 
-    def session_ids(self) -> "list[str]":
+    def session_ids(self) -> list[str]:
         """Return Kiro's ids of all sessions."""
         with self._transaction() as db:
             return [session_id for session_id, in db.execute(SESSION_IDS)]
 
-    def get_facts(self, session_id: str) -> "tuple[bool, bool]":
+    def get_facts(self, session_id: str) -> tuple[bool, bool]:
         """Return (ended, taught): has a turn of this session ended, does Kiro know the bot's tags in it."""
         with self._transaction() as db:
             row = db.execute(GET_FACTS, (session_id,)).fetchone()
@@ -250,7 +250,7 @@ class SessionStore:
 
     # -- inbox ---------------------------------------------------------------------------------------------------------
 
-    def receive(self, messages: Iterable[InboxMessage], edits: Iterable[InboxMessage] = ()) -> "set[int]":
+    def receive(self, messages: Iterable[InboxMessage], edits: Iterable[InboxMessage] = ()) -> set[int]:
         """Journal a batch in one transaction; return the update_ids that were not known before.
 
         An edit replaces the body of its message while that waits; a later one changes nothing here.
@@ -264,7 +264,7 @@ class SessionStore:
                 db.execute(EDIT, (edit.body, edit.user_id, edit.message_id))
         return new
 
-    def waiting(self) -> "list[InboxMessage]":
+    def waiting(self) -> list[InboxMessage]:
         """Return the messages that no turn has begun, in order of arrival."""
         with self._transaction() as db:
             return [InboxMessage(*row) for row in db.execute(WAITING)]
@@ -296,7 +296,7 @@ class SessionStore:
             db.execute(SET_OFFER, (offer, turn_id))
             db.execute(TURN_STATE, ("answered", utc_now(), turn_id))
 
-    def parts(self, turn_id: int) -> "list[tuple[int, str]]":
+    def parts(self, turn_id: int) -> list[tuple[int, str]]:
         """Return (position, body) of the parts that Telegram has not confirmed, in order."""
         with self._transaction() as db:
             return db.execute(PARTS, (turn_id,)).fetchall()
@@ -317,7 +317,7 @@ class SessionStore:
         with self._transaction() as db:
             db.execute(TURN_STATE, ("offered" if offer else "done", utc_now(), turn_id))
 
-    def ask_again(self, turn_id: int) -> "list[InboxMessage]":
+    def ask_again(self, turn_id: int) -> list[InboxMessage]:
         """Make a turn's messages wait again; return them, none when that was done before or they were dropped."""
         with self._transaction() as db:
             messages = [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
@@ -330,12 +330,12 @@ class SessionStore:
         with self._transaction() as db:
             return bool(db.execute(DROP, (utc_now(), turn_id)).rowcount)
 
-    def messages_of(self, turn_id: int) -> "list[InboxMessage]":
+    def messages_of(self, turn_id: int) -> list[InboxMessage]:
         """Return the messages of a turn, in order of arrival."""
         with self._transaction() as db:
             return [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
 
-    def unfinished(self) -> "list[UnfinishedTurn]":
+    def unfinished(self) -> list[UnfinishedTurn]:
         """Return the turns that are begun or answered, oldest first."""
         with self._transaction() as db:
             return [UnfinishedTurn(*row) for row in db.execute(UNFINISHED)]

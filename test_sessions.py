@@ -2714,15 +2714,6 @@ def test_settings_have_their_defaults(tmp_path):
     assert settings.workspaces == tmp_path.resolve() / "workspaces"
 
 
-def test_a_bad_setting_ends_the_bot_with_status_2(make_bot):
-    bot = make_bot()
-    for settings in ({"BOT_TOKEN": None}, {"MAX_PROCESSES": "many", "BOT_TOKEN": TOKEN},
-                     {"WORKSPACE_BASE_PATH": "/dev/null/x", "MAX_PROCESSES": 1}):
-        result = bot.run(**settings)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert next(iter(settings)) in result.stderr and len(result.stderr.splitlines()) == 1
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The tests: a session
 # ---------------------------------------------------------------------------------------------------------
@@ -3657,7 +3648,7 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, st
     assert not telegram.find(containing="⚠️")
 
 
-@pytest.mark.parametrize("dialect", ["config", "grouped", "both", "none"])
+@pytest.mark.parametrize("dialect", ["config", "none"])
 def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
     bot = make_models(start, dialect=dialect, forget_model=True)
     telegram.write("hello", thread=7)
@@ -4182,12 +4173,8 @@ def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
     assert [path.name for path in bot.folder.glob("tg-acp.db*")] == ["tg-acp.db"]
 
 
-BAD_SETTINGS = [
-    ("BOT_TOKEN", ""), ("BOT_TOKEN", "hello"), ("BOT_TOKEN", "1:a b"), ("ALLOWED_TELEGRAM_IDS", "@alice"),
-    ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("KIRO_COMMAND", 'kiro "acp'), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
-    ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "1.5"), ("MAX_PROCESSES", "nan"), ("WARM_SECONDS", "-1"), ("WARM_SECONDS", "inf"),
-    ("TOOL_APPROVAL", "maybe"), ("SILENCE_SECONDS", "0"), ("RICH_MESSAGES", "2"), ("LOG_LEVEL", "loud"),
-    ("TELEGRAM_API_URL", "api.telegram.org"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
+BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
+                ("WARM_SECONDS", "inf"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
 
 
 def said_by(process):
