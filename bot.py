@@ -1534,7 +1534,7 @@ class Conversation:
     def _has_work(self) -> bool:
         """Is there a reason for this thread to go on?  If not, it counts as gone from here on: `_start` makes another."""
         with self.lock:
-            self._running = bool(self.waiting or self.unfinished or self.link.kiro)
+            self._running = bool(self.waiting or self.unfinished or self.link.kiro or self.link.former)
             return self._running
 
     def _step(self) -> None:
@@ -1545,8 +1545,10 @@ class Conversation:
                 self._recover()
             elif turn:
                 self._serve(turn)
-            else:
+            elif self.link.kiro:
                 self._idle()
+            else:
+                self._pump(math.inf)           # until the former process has gone, too
         except (NoPlace, Stopped):
             pass
         except Exception as error:   # a bug, or the database: the topic must hear of it, and the next message must work
