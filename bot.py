@@ -47,7 +47,7 @@ import sys
 if __name__ == "__main__":
     # CPython keeps the syntax tree of the file that it runs for as long as it runs, 8 MB here; a module's it does not.
     AS_MODULE = "import os, sys; sys.path[0] = os.path.dirname(sys.argv[1]); import bot; bot.start(sys.argv[2:])"
-    os.execv(sys.executable, [sys.executable, "-c", AS_MODULE, os.path.abspath(__file__), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-c", AS_MODULE, os.path.realpath(__file__), *sys.argv[1:]])
 
 import argparse
 import base64
@@ -3084,6 +3084,7 @@ class Telegram:
         self._paces: dict[int, Pace] = {}
         self._session = requests.Session()     # one for all threads: a new thread finds connections that are open
         self._session.proxies = requests.utils.get_environ_proxies(settings.api_url)
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         self._session.trust_env = False        # looked up once, not for each request
         for prefix in ("http://", "https://"):
             self._session.mount(prefix, requests.adapters.HTTPAdapter(pool_maxsize=IDLE_CONNECTIONS))
