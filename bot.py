@@ -688,7 +688,7 @@ class Commands:
             conversation.stop()
         if incoming.command in OWN:                # no better version of a message; it stays as it was
             return
-        if conversation.edit(incoming) == "too late":
+        if not conversation.edit(incoming):
             self._bot.errand(incoming.key, conversation.tell,
                              "Your edit came too late: Kiro already has the message as it was. "
                              "Send the correction as a new message.")
@@ -1415,8 +1415,8 @@ class Conversation:
             threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
             self._running = True       # not before: when there is no thread to be had, the next message tries again
 
-    def edit(self, incoming: Incoming) -> str:
-        """Replace a waiting message by its edited version; return "edited", "too late" or "unknown"."""
+    def edit(self, incoming: Incoming) -> bool:
+        """Replace a waiting message by its edited version; return False when Kiro already has it as it was."""
         message = incoming.message
         with self.lock:
             for n, old in enumerate(self.waiting):
@@ -1424,12 +1424,12 @@ class Conversation:
                     incoming.update_id, incoming.arrived = old.update_id, old.arrived
                     incoming.files = old.files if file_id_of(old.message) == file_id_of(message) else None
                     self.waiting[n] = incoming
-                    return "edited"
+                    return True
             for old in self.turn.messages if self.turn else ():
                 if old.message.message_id == message.message_id and words(old.message) != words(message):
                     old.message = message              # so that this is told once
-                    return "too late"
-            return "unknown"
+                    return False
+            return True
 
     def stop(self, draft_id: Optional[int] = None) -> bool:
         """End the turn; return False when there is none, or not this draft's."""
