@@ -2510,27 +2510,36 @@ class Kiro:
         self._outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         self._lock = threading.Lock()            # between a signal and the moment when the pid may be another's
         self._reaped = self._ending = False
+        self._popen = self._start(bot)
+        self._start_threads()
+
+    def _start(self, bot: Bot) -> subprocess.Popen:
+        """Start the process and list it, unless the bot is closing.  Raises OSError, and Closing."""
         with bot.spawning:
             if bot.closing.is_set():
                 raise Closing
-            self._popen = subprocess.Popen(
-                bot.settings.kiro_command, cwd=workspace, env=child_environment(bot.settings, self.mark, workspace),
+            popen = subprocess.Popen(
+                bot.settings.kiro_command, cwd=self.workspace, env=child_environment(bot.settings, self.mark, self.workspace),
                 start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
-            self.pid = self._popen.pid
+            self.pid = popen.pid
             bot.processes.add(self)
+            return popen
+
+    def _start_threads(self) -> None:
+        """Start the process's four threads.  Raises OSError when there are none to be had; the process is ended then."""
         try:
             self._reader = self._thread(self._read, "reader")
             self._stderr_reader = self._thread(self._drain, "stderr")
             self._thread(self._write, "writer")
             self._thread(self._await_exit, "waiter")
-        except RuntimeError as error:            # no thread to be had, and so no waiter
+        except RuntimeError as error:            # and so no waiter, which would see to its end
             self._outgoing.put(None)
             with self._lock:
                 _kill(-self.pid, signal.SIGKILL)
                 self._popen.wait()
                 self._reaped = True
             self.gone.set()
-            bot.processes.discard(self)
+            self._bot.processes.discard(self)
             raise OSError(0, str(error)) from error
 
     def _thread(self, target: Callable[[], None], role: str) -> threading.Thread:
