@@ -1940,6 +1940,7 @@ class Conversation:
         lesson = [] if known or command else [{"type": "text", "text": LESSON}]
         turn.end_by = math.inf
         turn.running.clear()
+        self.check_stop()                      # the last moment at which Kiro need not hear of it
         request_id, turn.prompted_at = kiro.prompt(turn.prompt + lesson)
         kiro.lesson = "sent" if lesson else "known" if known else ""
         while request_id not in kiro.responses:
