@@ -6,8 +6,10 @@
     python test_sessions.py kills [N]  kills the bot N times at random moments, 50 unless told, and counts what was lost
 
 From top to bottom: the stand-in Kiro, the stand-in Telegram, the harness that runs the bot between the two,
-the benchmark and the soak, the tests. Both stand-ins are strict: they refuse what the real ones refuse, and note as a
-*violation* what the bot should never do, so that a mistake shows here first.
+the benchmark and the soak, the tests: of the store and the settings, a session, Kiro's faults, Telegram's faults,
+the bot's faults and security, files and permissions, odd moments, the first five minutes. Both stand-ins are
+strict: they refuse what the real ones refuse, and note as a *violation* what the bot should never do, so that a
+mistake shows here first.
 
 Words: a *directive* is a line of a prompt that starts with `!` and tells the stand-in Kiro what to do in this
 turn; a *habit* is a way in which it misbehaves whatever the prompt says; a *gate* is a file that a turn waits
@@ -101,7 +103,8 @@ class Wire:
 class Habits:
     """`habits.json` of the control folder: read at the start and again when a prompt arrives.
 
-    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, prompt, cancel) and is then a mishap or a list of mishaps, or it is one of:
+    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, prompt, cancel) and is
+    then a mishap or a list of mishaps, or it is one of:
 
         two_processes      true: the agent is a child of the process that was started, as with `kiro-cli`
         ignore_stdin_end   true        ignore_term        true        slow_exit   seconds until the lock is freed
@@ -227,7 +230,8 @@ class Session:
         except FileExistsError:
             holder = self.lock_holder()
             if holder != os.getpid():
-                raise internal_error(f"Failed to start session: Session is active in another process (PID {holder})") from None
+                raise internal_error("Failed to start session: "
+                                     f"Session is active in another process (PID {holder})") from None
             return
         os.write(lock, json.dumps({"pid": os.getpid(), "started_at": now()}).encode())
         os.close(lock)
@@ -295,6 +299,7 @@ class Agent:
         self.folder = sessions_folder()
         self.sessions = {}  # session id -> Session, those that this process holds
         self.replies = {}  # id of a request of ours -> Reply
+        self.finishing = threading.Lock()  # held while the end of a turn is told; the end of stdin waits for it
         self.initialized = False
 
     # -- life
@@ -311,7 +316,8 @@ class Agent:
         if self.habits.get("ignore_stdin_end"):
             self.stay()
         time.sleep(self.habits.get("slow_exit", 0))
-        self.leave(0)
+        with self.finishing:
+            self.leave(0)
 
     def stay(self):
         """Neither read nor end; only signals are heard."""
@@ -770,9 +776,10 @@ class Turn:
         self.agent.metadata(self.session)
         self.agent.metadata(self.session, meteringUsage=metering, turnDurationMs=17)
         self.session.turn = None
-        self.agent.respond(self.request_id, {"stopReason": stop_reason})
-        for send in self.afterwards:
-            send()
+        with self.agent.finishing:
+            self.agent.respond(self.request_id, {"stopReason": stop_reason})
+            for send in self.afterwards:
+                send()
 
     def remember(self):
         asked = [{"sessionUpdate": "user_message_chunk", "content": block} for block in self.prompt]
@@ -1159,7 +1166,8 @@ def utf16_length(text):
 # The stand-in Telegram: Rich Markdown
 # ---------------------------------------------------------------------------------------------------------
 
-CODE = re.compile(r"^[ >]*(`{3,}|~{3,})[^\n]*\n.*?(?:^[ >]*\1[`~]*[ ]*$|\Z)|(?<![`\\])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\2(?!`)",
+CODE = re.compile(r"^[ >]*(`{3,}|~{3,})[^\n]*\n.*?(?:^[ >]*\1[`~]*[ ]*$|\Z)"
+                  r"|(?<![`\\])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\2(?!`)",
                   re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^\s)>]*)")
 REFERENCE = re.compile(r"^ {0,3}\[[^\]^]+\]:\s*<?(\S+?)>?\s*$", re.MULTILINE)
@@ -2335,7 +2343,6 @@ class Bot:
 # The benchmark
 # ---------------------------------------------------------------------------------------------------------
 
-
 SLOW_AGENT = dict(start={"delay": 0.5}, new={"delay": 0.8}, load={"delay": 0.4})
 ROUNDS = 15
 
@@ -2513,7 +2520,8 @@ class Soak:
         turns = [set(re.findall("<m[0-9]+>", turn["bodies"])) for turn in turns]
         offers = set().union(*turns)
         carded = {mark for call in sent if "I was interrupted" in call.text for mark in re.findall("<m[0-9]+>", call.text)}
-        prompts = collections.Counter(mark for prompt in self.bot.prompts() for mark in set(re.findall("<m[0-9]+>", prompt)))
+        prompts = collections.Counter(mark for prompt in self.bot.prompts()
+                                      for mark in set(re.findall("<m[0-9]+>", prompt)))
         repeated = self.repeated(sent)
         return {
             "messages sent": len(self.marks),
@@ -2636,6 +2644,7 @@ def store(tmp_path):
 
 
 def rows(store_path):
+    """The table of sessions, as it is on disk."""
     with contextlib.closing(sqlite3.connect(store_path)) as connection:
         return connection.execute("SELECT * FROM sessions").fetchall()
 
@@ -2696,10 +2705,17 @@ GOOD = {"BOT_TOKEN": TOKEN}
 
 
 @pytest.mark.parametrize("name, value", [
-    ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"), ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "-5"),
-    ("KIRO_COMMAND", 'kiro "acp'), ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"), ("WARM_SECONDS", "-1"),
-    ("WARM_SECONDS", "nan"), ("TOOL_APPROVAL", "maybe"), ("SILENCE_SECONDS", "soon"), ("SILENCE_SECONDS", "0"),
-    ("RICH_MESSAGES", "2"), ("LOG_LEVEL", "LOUD"), ("TELEGRAM_API_URL", "ftp://x"), ("TELEGRAM_API_URL", "http://")])
+    ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"),
+    ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "-5"),
+    ("KIRO_COMMAND", 'kiro "acp'),
+    ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"),
+    ("WARM_SECONDS", "-1"), ("WARM_SECONDS", "nan"),
+    ("TOOL_APPROVAL", "maybe"),
+    ("SILENCE_SECONDS", "soon"), ("SILENCE_SECONDS", "0"),
+    ("RICH_MESSAGES", "2"),
+    ("LOG_LEVEL", "LOUD"),
+    ("TELEGRAM_API_URL", "ftp://x"), ("TELEGRAM_API_URL", "http://"),
+])
 def test_a_bad_setting_is_named(name, value, tmp_path):
     with pytest.raises(SettingsError, match=rf"\A{name}\b[^\n]*\Z"):
         read_settings({**GOOD, name: value}, tmp_path)
@@ -2712,6 +2728,38 @@ def test_settings_have_their_defaults(tmp_path):
     assert (settings.ask_permission, settings.silence_seconds, settings.rich_messages) == (True, 600, True)
     assert (settings.log_level, settings.api_url) == ("INFO", "https://api.telegram.org")
     assert settings.workspaces == tmp_path.resolve() / "workspaces"
+
+
+BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
+                ("WARM_SECONDS", "inf"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
+
+
+def said_by(process):
+    """What a bot said before it ended, but for what it found."""
+    try:
+        return [line for line in process.communicate(timeout=5)[1].splitlines() if " INFO " not in line]
+    except subprocess.TimeoutExpired:
+        raise AssertionError("the bot runs with such a setting") from None
+
+
+def test_a_bad_setting_is_one_line_that_names_it(make_bot):
+    def attempt(number, name, value):
+        bot = make_bot(f"bad{number}", **{name: value})
+        bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(),
+                                       stderr=subprocess.PIPE, text=True)
+        return bot.process
+    attempts = [(name, value, attempt(number, name, value)) for number, (name, value) in enumerate(BAD_SETTINGS)]
+    for name, value, process in attempts:
+        said = said_by(process)
+        assert (process.returncode, len(said)) == (2, 1) and name in said[0], (name, value, said)
+
+
+def test_a_line_of_the_settings_that_cannot_be_read_is_told(make_bot):
+    bot = make_bot(ALLOWED_TELEGRAM_IDS='"1001')
+    bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(),
+                                   stderr=subprocess.PIPE, text=True)
+    said = said_by(bot.process)
+    assert bot.process.returncode == 2 and len(said) == 1 and ".env" in said[0], said
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2736,6 +2784,7 @@ def settle(bot):
 
 
 def row_of(bot, thread=7, user=ALICE):
+    """The topic's row in the table of sessions."""
     [row] = bot.database("SELECT * FROM sessions WHERE user_id = ? AND thread_id = ?", user["id"], thread)
     return row
 
@@ -2814,7 +2863,7 @@ def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: drafts and Stop
+# The tests: a session: drafts and Stop
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -2927,7 +2976,7 @@ def test_the_button_of_an_older_draft_does_nothing(telegram, quick):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: the journal, the queue, many topics
+# The tests: a session: the journal, the queue, many topics
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -3039,7 +3088,7 @@ def test_places_are_given_in_order_of_arrival(telegram, start):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: what answers look like
+# The tests: a session: what answers look like
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -3128,11 +3177,12 @@ def test_a_refused_rich_message_comes_as_plain_text(telegram, bot):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: models
+# The tests: a session: models
 # ---------------------------------------------------------------------------------------------------------
 
 
 def model_list(telegram, thread=7):
+    """Ask for the models; returns the call that sent the list with its buttons."""
     message = telegram.write("/model", thread=thread)
     return telegram.answer(thread=thread, after=message)
 
@@ -3231,53 +3281,152 @@ def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: who may, and the end
+# The tests: a session: tools, /status, warnings, commands
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_is_told_their_id_once(telegram, bot):
-    listed = model_list(telegram)
+def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, quick):
+    bot = quick
+    telegram.write("!say Before.\n!tool execute Running: make all\n!wait gate\n!tool_done\n"
+                   "!say Between.\\n\n!tool read x\n!tool_done\n!say After.", thread=7)
+    assert "Before." in telegram.wait_for(DRAFT, containing="Running: make all", thread=7).text
+    bot.open_gate("gate")
+    assert telegram.answer("After.", thread=7).text == "Before.\n\nBetween.\n\nAfter."
+
+
+def test_status_tells_session_model_folder_context_and_cost(telegram, bot):
+    telegram.write("/status", thread=7)
+    assert "none yet" in telegram.answer("Session:", thread=7).text
+    telegram.write("!context 42.4\n!credits 0.5 0.25", thread=7)
+    telegram.answer("finished without", thread=7)
+    telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    telegram.write("wait", thread=7)
+    telegram.write("/status", thread=7)
+    status = telegram.answer("Running for", thread=7).text
+    session, = bot.database()
+    for told in (session["session_id"], "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "1 waiting"):
+        assert told in status
+    bot.open_gate("gate")
+    telegram.answer("echo: wait", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.answer("Nothing is running", thread=7)
+
+
+def test_a_nearly_full_context_is_told_once(telegram, bot):
+    telegram.write("!context 85\n!say one", thread=7)
+    telegram.answer("85 %", thread=7)
+    telegram.write("!context 90\n!say two", thread=7)
+    telegram.answer("two", thread=7)
+    telegram.write("!compaction\n!say three", thread=7)
+    telegram.answer("90 %", thread=7)
+    hints = telegram.texts(containing="%")
+    assert len(hints) == 2 and all("/new" in hint and "/compact" in hint for hint in hints)
+
+
+def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
+    for number, hint in ((111, False), (222, True)):
+        telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
+        assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
+    telegram.write("!error -32603 Too many requests", thread=7)
+    assert "/new" not in telegram.answer("Too many requests", thread=7).text
+    telegram.write("fine", thread=7)
+    telegram.answer("echo: fine", thread=7)
+
+
+def test_other_commands_go_to_kiro_alone_and_unchanged(telegram, bot):
+    telegram.wait_until(lambda: telegram.commands)
+    assert {command["command"] for command in telegram.commands} >= {"new", "stop", "model", "status", "help"}
+    telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    for text in ("before", "and this", "/compact  all of\nit", "/agent@kiro_test_bot swap", "after"):
+        telegram.write(text, thread=7)
+    telegram.wait_for("setMessageReaction")
+    telegram.write("/status", thread=7)
+    telegram.answer("5 waiting", thread=7)
+    bot.open_gate("gate")
+    telegram.answer("echo: after", thread=7)
+    prompts = bot.prompts()[1:]
+    assert prompts[0].startswith("before\n\nand this") and prompts[1:3] == ["/compact  all of\nit", "/agent swap"]
+    assert prompts[3].startswith("after") and len(prompts) == 4
+
+
+def test_a_forwarded_command_is_a_text(telegram, bot):
+    telegram.write("/new", thread=7, forward_origin={"type": "hidden_user", "date": 1, "sender_user_name": "Carol"})
+    telegram.answer("echo: [Forwarded from Carol]\n/new", thread=7)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: a session: what belongs together, quotes, forwards, edits
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_albums_and_split_texts_are_one_prompt(telegram, bot):
+    telegram.album(*({"kind": "document", "data": b"%d" % n, "name": f"{n}.txt"} for n in range(3)),
+                   caption="three", thread=7)
+    telegram.write("a" * 4096, thread=8)
+    telegram.write("b" * 100, thread=8)
+    together = wait_until(lambda: len(bot.prompts()) == 2 and sorted(bot.prompts()))
+    assert "a" * 1900 in together[0] or "aaa" in together[0]
+    assert [together[1].count(name) for name in ("three", "0.txt", "1.txt", "2.txt")] == [1, 1, 1, 1]
+    telegram.answer("b" * 100, thread=8)
+    assert len(bot.wire("in", "session/prompt")) == 2
+
+
+def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
+    first = telegram.write("first", thread=7)
+    answer = telegram.answer("echo: first", thread=7)
+    topic = {"message_id": 7, "from": ALICE, "chat": first["chat"], "date": 1,
+             "forum_topic_created": {"name": "topic", "icon_color": 1}}
+    channel = {"type": "channel", "date": 1, "chat": {"id": -1, "type": "channel", "title": "News"}, "message_id": 3}
+    hidden = {"type": "hidden_user", "date": 1, "sender_user_name": "Carol C."}
     with telegram.batch_of_updates():
-        first = telegram.write("let me in", user=MALLORY, thread=7)
-        telegram.write("please", user=MALLORY)
-        telegram.edit(first, "now!")
-        telegram.press(listed, "claude-haiku-4.5", user=MALLORY)
-        telegram.write("hello group", thread=3, chat=GROUP)
-    assert ask(telegram, "mine") == "echo: mine"
-    [reply] = telegram.find(after=first, when=lambda call: call.params["chat_id"] != ALICE["id"])
-    assert "6666" in reply.text and reply.params["chat_id"] == MALLORY["id"]
-    assert row_of(bot)["model"] == "auto" and len(bot.database()) == 1
+        telegram.write("reply?", thread=7, reply_to=first)
+        telegram.write("to the bot?", thread=7, reply_to=answer)
+        telegram.write("quote?", thread=7, reply_to=answer, quote="a part\nof it")
+        telegram.write("implicit?", thread=7, reply_to=topic)
+        telegram.write("from Bob", thread=7, forward_origin={"type": "user", "date": 1, "sender_user": BOB})
+        telegram.write("from Carol", thread=7, forward_origin=hidden)
+        telegram.write("from a channel", thread=7, forward_origin=channel)
+        telegram.send_file("document", name="a.txt", caption="with a file", forward_origin=hidden, thread=7)
+    bot.wait_prompt("with a file")
+    prompt = "\n\n" + "\n\n".join(bot.prompts())
+    for said in ("> first\n\nreply?", "> echo: first\n\nto the bot?", "> a part\n> of it\n\nquote?",
+                 "[Forwarded from Bob]\nfrom Bob", "[Forwarded from Carol C.]\nfrom Carol",
+                 "[Forwarded from News]\nfrom a channel",
+                 "[Forwarded from Carol C.]\nwith a file\n[File: "):
+        assert f"\n\n{said}" in prompt
+    assert "\n\nimplicit?" in prompt and "topic" not in prompt.partition("implicit?")[0].rpartition("quote?")[2]
 
 
-def test_nobody_is_allowed_by_an_empty_list(telegram, start):
-    bot = start(ALLOWED_TELEGRAM_IDS="")
-    for user in (ALICE, BOB):
-        assert str(user["id"]) in ask(telegram, "hello", None, user=user)
-    assert not bot.wire()
-
-
-STUBBORN = dict(ignore_stdin_end=True, ignore_term=True, cancel={"hang": True})
-
-
-@pytest.mark.parametrize("by, habits", [(signal.SIGTERM, STUBBORN), (signal.SIGINT, {})])
-def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
-    bot.habits(**habits)
-    for thread in (6, 7, 8, 9):
-        telegram.write("!say x\n!spawn setsid pipes\n!silence", thread=thread)
-    bot.wait_wire("in", "session/prompt", count=3)
-    assert bot.stop(by=by) < 2
-    assert bot.process.returncode == 0 and not bot.agents()
+def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(telegram, bot):
+    running = telegram.write("!wait gate", thread=7)
+    bot.wait_prompt("!wait gate")
+    waiting = telegram.write("wrong words", thread=7)
+    picture = telegram.send_file("photo", png(), caption="wrong caption", thread=7)
+    telegram.wait_for("setMessageReaction")
+    telegram.edit(waiting, "right words")
+    telegram.edit(picture, "right caption")
+    telegram.edit(running, "!wait another")
+    telegram.answer("Your edit came too late", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.answer("2 waiting", thread=7)
+    bot.kill()
+    bot.start()
+    prompt = bot.wait_prompt("right caption")["frame"]["params"]["prompt"][0]["text"]
+    assert prompt.startswith("right words\n\nright caption\n[File: ")
+    assert not any("wrong" in prompt for prompt in bot.prompts())
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: nothing hangs, Kiro's side
+# The tests: Kiro's faults
 # ---------------------------------------------------------------------------------------------------------
 
-SOON_STARTED = dict(INITIALIZE_SECONDS=0.7, SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5, LEFTOVER_SECONDS=0.2)
+SOON_STARTED = dict(INITIALIZE_SECONDS=0.7, SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5,
+                    LEFTOVER_SECONDS=0.2)
 SOON_ENDED = dict(STOP_SECONDS=1, END_SECONDS=1, TERM_SECONDS=0.5, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
-HALF = "Kiro can say this much before it goes"
 
 
 def tell(telegram, text, thread, *answers, timeout=10, **fields):
@@ -3300,13 +3449,6 @@ def offers(telegram, call):
     return [button["text"] for button in telegram.buttons(call)]
 
 
-def nothing_stays(bot, threads=10):
-    """No agent, no thread but main, poll and the eight for errands, no pipe."""
-    bot.wait_agents(0)
-    wait_until(lambda: bot.threads() <= threads, what=lambda: f"{threads} threads rather than {bot.threads()}")
-    wait_until(lambda: not half_pipes(bot), what=lambda: f"the closing of {half_pipes(bot)}")
-
-
 def half_pipes(bot):
     """The pipes of which the bot has one end."""
     names = []
@@ -3314,6 +3456,13 @@ def half_pipes(bot):
         with contextlib.suppress(FileNotFoundError):
             names.append(os.readlink(fd))
     return [name for name in names if name.startswith("pipe:") and names.count(name) == 1]
+
+
+def nothing_stays(bot, threads=10):
+    """No agent, no thread but main, poll and the eight for errands, no pipe."""
+    bot.wait_agents(0)
+    wait_until(lambda: bot.threads() <= threads, what=lambda: f"{threads} threads rather than {bot.threads()}")
+    wait_until(lambda: not half_pipes(bot), what=lambda: f"the closing of {half_pipes(bot)}")
 
 
 def alive(pid):
@@ -3325,18 +3474,20 @@ def alive(pid):
         return False
 
 
-def lose(bot, thread):
-    """Remove the files of a topic's session."""
-    for path in session_path(bot, thread).parent.glob(session_path(bot, thread).stem + ".*"):
-        path.unlink()
-
-
 def session_id(bot, thread):
+    """The id of Kiro's session for a topic."""
     return row_of(bot, thread)["session_id"]
 
 
 def session_path(bot, thread, extension="json"):
+    """One of the files in which Kiro keeps a topic's session."""
     return bot.home / ".kiro" / "sessions" / "cli" / f"{session_id(bot, thread)}.{extension}"
+
+
+def lose(bot, thread):
+    """Remove the files of a topic's session."""
+    for path in session_path(bot, thread).parent.glob(session_path(bot, thread).stem + ".*"):
+        path.unlink()
 
 
 def lock_by(bot, thread, pid, started_at="2020-01-01T00:00:00Z"):
@@ -3377,24 +3528,27 @@ TURNS = [
     ("!rate_limit Too many requests", 1, False, ["Too many requests"]),
     ("!say all\n!turn_end", 1, False, ["all"]),
     ("!turn_end", 1, False, ["Kiro has finished without saying anything."]),
-    ('!say all\n!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"turn_end"}}}\n!exit 0',
-     1, False, ["all"]),
-    ("!say so\n!tool read a.txt\n!interrupted", 1, False, ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
+    ('!say all\n!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"turn_end"}}}\n'
+     "!exit 0", 1, False, ["all"]),
+    ("!say so\n!tool read a.txt\n!interrupted", 1, False,
+     ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
     ("!interrupted", 1, False, ["Tool uses were interrupted, waiting for the next user prompt"]),
     ("!say wrong\n!discard\n!say right", 1, False, ["right"]),
     ("!say a\n!tool read a.txt\n!say wrong\n!discard\n!say b", 1, False, ["a\n\nb"]),
-    ("!say kept\n" '!raw {"jsonrpc":"2.0","method":"_kiro.dev/session/update","params":{"sessionId":"of-a-subagent",'
+    ('!say kept\n!raw {"jsonrpc":"2.0","method":"_kiro.dev/session/update","params":{"sessionId":"of-a-subagent",'
      '"update":{"sessionUpdate":"stream_discarded"}}}', 1, False, ["kept"]),
     ("!retry_warning\n!say after all", 1, False, ["after all"]),
-    ("!request fs/write_text_file\n!request _vendor/thing", 1, False, ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
+    ("!request fs/write_text_file\n!request _vendor/thing", 1, False,
+     ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
     ("!junk\n!say ok", 1, False, ["ok"]),
-    ('!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n'
-     "!say ok", 1, False, ["ok"]),
+    ('!raw {"jsonrpc":"2.0","method":"session/update",'
+     '"params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n!say ok', 1, False, ["ok"]),
     ("!bigline 10\n!say ok", 1, False, ["ok"]),
     ("!stderr 300\n!say ok", 1, False, ["ok"]),
     ("!update_other_session no\n!say mine\n!late no\n!late_ask", 1, False, ["mine"]),
     ("!surrogates", 1, False, ["😀"]),
-    ("!oauth https://tracker.test/login\n!say ok", 1, False, ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
+    ("!oauth https://tracker.test/login\n!say ok", 1, False,
+     ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
     ("!compaction\n!say ok", 1, False, ["ok"]),
     ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
     ("!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
@@ -3425,7 +3579,7 @@ def test_ask_again_after_a_crash_asks_once(telegram, start):
     bot = start(WARM_SECONDS=0)
     text = "!say half\n!exit 1\n"
     card = tell(telegram, text, 7, "half", "⚠️ Kiro has exited")
-    for _ in range(3):      # three presses in a row are one
+    for _ in range(3):  # three presses in a row are one
         telegram.press(card, "Ask again", data=telegram.buttons(card)[0]["callback_data"])
     second = telegram.answer("⚠️ Kiro has exited", thread=7, after=card)
     telegram.wait_for("answerCallbackQuery", count=3)
@@ -3435,25 +3589,6 @@ def test_ask_again_after_a_crash_asks_once(telegram, start):
     assert telegram.texts(7).count("half") == 2
     goes_on(telegram, 7)
     nothing_stays(bot)
-
-
-# How Kiro fails before there is a turn, and what the topic hears; a list: in a topic that has a session.
-STARTS = [
-    ({"start": {"stderr": "error: You are not logged in, please log in with kiro-cli login", "exit": 1}}, "kiro-cli login --use-device-flow", True),
-    ({"start": {"stderr": "error: You are not logged in", "exit": 0}}, "kiro-cli login --use-device-flow", True),
-    ({"start": {"stderr": "error: unexpected argument '--agent-engine'", "exit": 2}}, "exit status 2: error: unexpected argument", True),
-    ({"start": {"kill": True, "times": 1}}, "echo: hello", False),
-    ({"start": {"junk": True, "big_line": 600}}, "echo: hello", False),
-    ({"initialize": {"exit": 0, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, "⚠️ no such engine", True),
-    ({"new": {"exit": 0}}, "⚠️ Kiro has exited (exit status 0).", True),
-    ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
-    ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
-    ({"agent_not_found": True}, NO_AGENT, False),
-    ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
-    ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 1 s.", True),
-]
 
 
 def test_a_missing_kiro_is_told_and_found_again(telegram, start, make_bot):
@@ -3507,7 +3642,8 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, make_bot):
         tell(telegram, "hello", thread, "echo: hello")
         lose(bot, thread)
         bot.habits(unknown_session=way)
-        tell(telegram, "who am I", thread, "⚠️ Kiro no longer has this topic's session: its history is gone", "echo: who am I")
+        tell(telegram, "who am I", thread,
+             "⚠️ Kiro no longer has this topic's session: its history is gone", "echo: who am I")
     for code in (-32002, -32600, -32603):
         bot.habits(load={"error": code, "data": "Resource not found: session", "times": 1})
         lose(bot, 1)
@@ -3517,7 +3653,7 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, make_bot):
     tell(telegram, "!say half\n!kill", 9, "half", "⚠️")
     lose(bot, 9)
     tell(telegram, "!recall", 9, "0 before")
-    assert not telegram.find(containing="history is gone", thread=9)      # no turn of it had ended
+    assert not telegram.find(containing="history is gone", thread=9)  # no turn of it had ended
     nothing_stays(bot)
 
 
@@ -3530,19 +3666,32 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     sleeper = subprocess.Popen(["sleep", "60"])
     agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), stdin=subprocess.PIPE, cwd=bot.folder)
     try:
-        for number, process in enumerate([dead, sleeper, agent]):    # the last two: the pid was given to another
+        for number, process in enumerate([dead, sleeper, agent]):  # the last two: the pid was given to another
             lock_by(bot, 7, process.pid)
             tell(telegram, f"!recall {number}", 7, "before: hello")
         assert sleeper.poll() is agent.poll() is None
     finally:
         sleeper.kill(), agent.communicate()
     stranger = started_agent(bot, 7)
-    card = tell(telegram, "!recall again", 7, f"open in another program (process {stranger.pid}). Close it there, then ask again.")
+    card = tell(telegram, "!recall again", 7,
+                f"open in another program (process {stranger.pid}). Close it there, then ask again.")
     assert offers(telegram, card) == AGAIN and stranger.poll() is None
     stranger.communicate()
     telegram.press(card, "Ask again")
     telegram.answer("before: hello", thread=7)
     nothing_stays(bot)
+
+
+def test_a_lock_that_names_nobody_is_removed(telegram, start):
+    bot = start(WARM_SECONDS=0)
+    telegram.write("one", thread=7)
+    telegram.answer("echo: one", thread=7)
+    bot.wait_agents(0)
+    lock, = (path.with_suffix(".lock") for path in bot.home.glob(".kiro/sessions/cli/*.json"))
+    lock.touch()
+    os.utime(lock, (0, 0))
+    telegram.write("two", thread=7)
+    telegram.answer("echo: two", thread=7)
 
 
 def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, start):
@@ -3565,13 +3714,34 @@ def test_orphans_of_a_killed_bot_free_their_session(telegram, make_bot, stubborn
     telegram.wait_for("setMessageReaction")
     bot.kill()
     if not stubborn:
-        bot.wait_agents(0)      # they notice it
+        bot.wait_agents(0)  # they notice it
     bot.habits()
     bot.start()
     telegram.answer("I was interrupted while working on", thread=7)
     telegram.answer("echo: what came while Kiro worked", thread=7)
     goes_on(telegram, 7)
     nothing_stays(bot)
+
+
+# How Kiro fails before there is a turn, what the topic hears, and whether the prompt is offered again.
+STARTS = [
+    ({"start": {"stderr": "error: You are not logged in, please log in with kiro-cli login", "exit": 1}},
+     "kiro-cli login --use-device-flow", True),
+    ({"start": {"stderr": "error: You are not logged in", "exit": 0}}, "kiro-cli login --use-device-flow", True),
+    ({"start": {"stderr": "error: unexpected argument '--agent-engine'", "exit": 2}},
+     "exit status 2: error: unexpected argument", True),
+    ({"start": {"kill": True, "times": 1}}, "echo: hello", False),
+    ({"start": {"junk": True, "big_line": 600}}, "echo: hello", False),
+    ({"initialize": {"exit": 0, "times": 1}}, "echo: hello", False),
+    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, "⚠️ no such engine", True),
+    ({"new": {"exit": 0}}, "⚠️ Kiro has exited (exit status 0).", True),
+    ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
+    ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
+    ({"agent_not_found": True}, NO_AGENT, False),
+    ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
+    ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
+    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 1 s.", True),
+]
 
 
 def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, make_bot):
@@ -3607,7 +3777,7 @@ def test_a_deaf_kiro_blocks_nobody(telegram, start):
     bot.habits()
     tell(telegram, "/status", 1, "Session: ")
     goes_on(telegram, 2)
-    telegram.answer("echo: look", thread=1)       # a process that reads nothing has done nothing: asked once more
+    telegram.answer("echo: look", thread=1)  # a process that reads nothing has done nothing: asked once more
     assert len(bot.wire("in", "session/prompt", when=lambda entry: "look" in str(entry))) == 1
     bot.habits(new={"deaf": True}, load={"deaf": True})
     telegram.send_file("document", bytes(5_000_000), name="big.bin", thread=3)
@@ -3620,7 +3790,8 @@ def test_a_deaf_kiro_blocks_nobody(telegram, start):
 
 def warm_one(bot, thread):
     """Wait for the warm process of a topic; returns its pid."""
-    load = bot.wait_wire("in", "session/load", when=lambda entry: entry["frame"]["params"]["sessionId"] == session_id(bot, thread))
+    load = bot.wait_wire("in", "session/load",
+                         when=lambda entry: entry["frame"]["params"]["sessionId"] == session_id(bot, thread))
     bot.wait_wire("out", pid=load["pid"], when=lambda entry: entry["frame"].get("id") == load["frame"]["id"])
     return load["pid"]
 
@@ -3648,9 +3819,16 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, st
     assert not telegram.find(containing="⚠️")
 
 
+def start_with_habits(start, **habits):
+    """Start a bot without warm processes, whose agents have these habits."""
+    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+    bot.habits(**habits)
+    return bot
+
+
 @pytest.mark.parametrize("dialect", ["config", "none"])
 def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
-    bot = make_models(start, dialect=dialect, forget_model=True)
+    bot = start_with_habits(start, dialect=dialect, forget_model=True)
     telegram.write("hello", thread=7)
     telegram.answer("echo: hello", thread=7)
     if dialect == "none":
@@ -3663,22 +3841,18 @@ def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
     assert len(set(setters)) == 1
 
 
-def make_models(start, **habits):
-    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
-    bot.habits(**habits)
-    return bot
-
-
 def test_a_model_that_kiro_does_not_take_is_told(telegram, start):
-    bot = make_models(start)
+    bot = start_with_habits(start)
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
     bot.habits(set_model={"hang": True})
-    tell(telegram, "one", 7, "⚠️ The model may not be claude-sonnet-4: Kiro did not answer session/set_model", "echo: one")
+    tell(telegram, "one", 7,
+         "⚠️ The model may not be claude-sonnet-4: Kiro did not answer session/set_model", "echo: one")
     bot.habits(set_model={"error": -32603, "data": "Not for you"})
     tell(telegram, "two", 7, "⚠️ The model may not be claude-sonnet-4: Not for you", "echo: two")
     bot.habits(models=["auto"])
-    tell(telegram, "!model", 7, "The model claude-sonnet-4 is no longer offered; this topic is back to auto.", "model: auto")
+    tell(telegram, "!model", 7,
+         "The model claude-sonnet-4 is no longer offered; this topic is back to auto.", "model: auto")
     bot.habits()
     goes_on(telegram, 7)
     nothing_stays(bot)
@@ -3726,9 +3900,8 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bo
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The soak: kill -9 at random moments
+# The tests: Telegram's faults
 # ---------------------------------------------------------------------------------------------------------
-
 
 HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=0.1, FLOOD_SECONDS=0.3, TIMEOUT=(1, 0.3),
              JOURNAL_RETRY_SECONDS=0.3)
@@ -3752,6 +3925,7 @@ def thrown_out(tmp_path_factory):
 
 
 def times_said(telegram, text):
+    """How many lasting messages have this text in them."""
     return len(telegram.find(None, containing=text))
 
 
@@ -3799,7 +3973,8 @@ def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, hasty):
 
 
 def test_a_429_silences_its_chat_alone_and_the_answer_goes_first(telegram, bot):
-    limited = telegram.fault("sendMessageDraft", status=429, retry_after=1, when=lambda call: call.params["chat_id"] == ALICE["id"])
+    limited = telegram.fault("sendMessageDraft", status=429, retry_after=1,
+                             when=lambda call: call.params["chat_id"] == ALICE["id"])
     telegram.write("!chunks 20 30 0.01\n!say the end", thread=7)
     telegram.wait_until(lambda: limited.hits, what="the 429")
     closed = telegram.find(DRAFT, ok=False)[0]
@@ -3811,6 +3986,14 @@ def test_a_429_silences_its_chat_alone_and_the_answer_goes_first(telegram, bot):
     later = [call for call in telegram.calls[closed.number + 1:] if call.params.get("chat_id") == ALICE["id"]]
     assert later[0].time - closed.time >= 1
     assert {call.method for call in later[:2]} == {"sendMessage"}
+
+
+def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
+    telegram.fault("sendMessage", status=429, retry_after=60, when=lambda call: call.params["chat_id"] == ALICE["id"])
+    for thread in range(1, 12):
+        telegram.write("/status", thread=thread)
+    telegram.write("/status", user=BOB, thread=7)
+    telegram.answer("Session", user=BOB, thread=7)
 
 
 def test_a_429_is_no_refusal_of_the_format(telegram, hasty):
@@ -3878,9 +4061,10 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
     chat = telegram.open_topic(7)
     good = {"message_id": 9, "from": ALICE, "chat": chat, "date": 1, "text": "!say bad"}
     message = {"message_thread_id": 7, "is_topic_message": True, **good}
-    bad_messages = [{"from": None}, {"from": []}, {"from": "x"}, {"chat": None}, {"chat": []}, {"date": None, "entities": 17},
-                    {"message_id": {}}, {"message_id": 2**70}, {"message_thread_id": []}, {"text": {}},
-                    {"text": "!say \ud83d"}, {"reply_to_message": {}}, {"forward_origin": {"type": "new"}}]
+    bad_messages = [{"from": None}, {"from": []}, {"from": "x"}, {"chat": None}, {"chat": []},
+                    {"date": None, "entities": 17}, {"message_id": {}}, {"message_id": 2**70},
+                    {"message_thread_id": []}, {"text": {}}, {"text": "!say \ud83d"}, {"reply_to_message": {}},
+                    {"forward_origin": {"type": "new"}}]
     with telegram.batch_of_updates():
         for change in bad_messages:
             telegram.deliver(message={**message, **change})
@@ -3898,8 +4082,8 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
 def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, quick):
     telegram.write("!say begun\n!silence", thread=7)
     draft = telegram.wait_for(DRAFT, containing="begun")
-    telegram.deliver(stopped_message_generation={
-        "chat": telegram.chats[ALICE["id"]], "message_thread_id": 7, "draft_id": draft.params["draft_id"], "reason": "new"})
+    telegram.deliver(stopped_message_generation={"chat": telegram.chats[ALICE["id"]], "message_thread_id": 7,
+                                                 "draft_id": draft.params["draft_id"], "reason": "new"})
     telegram.answer("Stopped", thread=7, timeout=3)
 
 
@@ -3971,7 +4155,7 @@ def test_a_token_that_is_revoked_ends_the_bot(telegram, bot):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The tests: the bot's side
+# The tests: the bot's faults
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -4028,7 +4212,8 @@ def test_what_was_cut_off_is_offered_and_only_once_run_again(telegram, bot):
     with telegram.batch_of_updates():
         for message, button in ((again, "Ask"), (again, "Ask"), (drop, "Drop"), (lonely, "Ask")):
             telegram.press(message, button)
-    telegram.wait_until(lambda: telegram.texts(7)[1:] == ["ask me again"] and telegram.texts(None)[-1] == "no topic", what="the answers")
+    telegram.wait_until(lambda: telegram.texts(7)[1:] == ["ask me again"] and telegram.texts(None)[-1] == "no topic",
+                        what="the answers")
     wait_state(bot, "done", 3)
     bot.kill()
     bot.start()
@@ -4082,6 +4267,19 @@ def test_an_orderly_stop_waits_for_the_confirmation_of_what_was_sent(telegram, b
     telegram.write("!say next", thread=7)
     telegram.answer("next", thread=7)
     assert telegram.texts(7) == ["sent", "next"]
+
+
+STUBBORN = dict(ignore_stdin_end=True, ignore_term=True, cancel={"hang": True})
+
+
+@pytest.mark.parametrize("by, habits", [(signal.SIGTERM, STUBBORN), (signal.SIGINT, {})])
+def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
+    bot.habits(**habits)
+    for thread in (6, 7, 8, 9):
+        telegram.write("!say x\n!spawn setsid pipes\n!silence", thread=thread)
+    bot.wait_wire("in", "session/prompt", count=3)
+    assert bot.stop(by=by) < 2
+    assert bot.process.returncode == 0 and not bot.agents()
 
 
 def test_kiro_ends_when_the_bot_dies(telegram, bot):
@@ -4159,7 +4357,8 @@ def test_a_folder_that_cannot_be_written_is_named(make_bot):
     result = bot.run(WORKSPACE_BASE_PATH="/proc/no-such")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "WORKSPACE_BASE_PATH" in result.stderr
     environment = {**bot.environment(), **bot.settings, "WORKSPACE_BASE_PATH": str(bot.folder / "workspaces")}
-    result = subprocess.run(bot.command(), cwd=f"/proc/{os.getpid()}", env=environment, capture_output=True, text=True, timeout=10)
+    result = subprocess.run(bot.command(), cwd=f"/proc/{os.getpid()}", env=environment, capture_output=True,
+                            text=True, timeout=10)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "tg-acp.db can't be used" in result.stderr
 
 
@@ -4173,39 +4372,37 @@ def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
     assert [path.name for path in bot.folder.glob("tg-acp.db*")] == ["tg-acp.db"]
 
 
-BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
-                ("WARM_SECONDS", "inf"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
-
-
-def said_by(process):
-    """What a bot said before it ended, but for what it found."""
-    try:
-        return [line for line in process.communicate(timeout=5)[1].splitlines() if " INFO " not in line]
-    except subprocess.TimeoutExpired:
-        raise AssertionError("the bot runs with such a setting") from None
-
-
-def test_a_bad_setting_is_one_line_that_names_it(make_bot):
-    def attempt(number, name, value):
-        bot = make_bot(f"bad{number}", **{name: value})
-        bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(), stderr=subprocess.PIPE, text=True)
-        return bot.process
-    attempts = [(name, value, attempt(number, name, value)) for number, (name, value) in enumerate(BAD_SETTINGS)]
-    for name, value, process in attempts:
-        said = said_by(process)
-        assert (process.returncode, len(said)) == (2, 1) and name in said[0], (name, value, said)
-
-
-def test_a_line_of_the_settings_that_cannot_be_read_is_told(make_bot):
-    bot = make_bot(ALLOWED_TELEGRAM_IDS='"1001')
-    bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(), stderr=subprocess.PIPE, text=True)
-    said = said_by(bot.process)
-    assert bot.process.returncode == 2 and len(said) == 1 and ".env" in said[0], said
+def test_fivefold_kill_loses_nothing_and_runs_nothing_twice(telegram, make_bot):
+    figures = Soak(make_bot(WARM_SECONDS=3), telegram, random.Random()).run(5)
+    assert (figures["lost"], figures["run twice"], figures["answered and offered"]) == (0, 0, 0), figures
+    assert figures["offered without a card"] == 0, figures
+    assert figures["parts sent twice"] == figures["of these with their confirmation cut off"], figures
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The tests: security
 # ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_is_told_their_id_once(telegram, bot):
+    listed = model_list(telegram)
+    with telegram.batch_of_updates():
+        first = telegram.write("let me in", user=MALLORY, thread=7)
+        telegram.write("please", user=MALLORY)
+        telegram.edit(first, "now!")
+        telegram.press(listed, "claude-haiku-4.5", user=MALLORY)
+        telegram.write("hello group", thread=3, chat=GROUP)
+    assert ask(telegram, "mine") == "echo: mine"
+    [reply] = telegram.find(after=first, when=lambda call: call.params["chat_id"] != ALICE["id"])
+    assert "6666" in reply.text and reply.params["chat_id"] == MALLORY["id"]
+    assert row_of(bot)["model"] == "auto" and len(bot.database()) == 1
+
+
+def test_nobody_is_allowed_by_an_empty_list(telegram, start):
+    bot = start(ALLOWED_TELEGRAM_IDS="")
+    for user in (ALICE, BOB):
+        assert str(user["id"]) in ask(telegram, "hello", None, user=user)
+    assert not bot.wire()
 
 
 def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
@@ -4223,7 +4420,8 @@ def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     telegram.press(question, user=BOB)
     telegram.deliver(callback_query={"id": "1", "from": ALICE, "chat_instance": "1", "inline_message_id": "1",
                                      "data": telegram.buttons(question)[0]["callback_data"]})
-    telegram.deliver(callback_query={"id": "2", "from": ALICE, "chat_instance": "1", "data": telegram.buttons(question)[0]["callback_data"],
+    telegram.deliver(callback_query={"id": "2", "from": ALICE, "chat_instance": "1",
+                                     "data": telegram.buttons(question)[0]["callback_data"],
                                      "message": {**telegram.current(question), "chat": GROUP}})
     for chat in (GROUP, {"id": MALLORY["id"], "type": "private"}, {**GROUP, "id": ALICE["id"]}):
         telegram.deliver(stopped_message_generation={**secret, "chat": chat, "draft_id": draft.params["draft_id"]})
@@ -4237,9 +4435,14 @@ def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     telegram.answer("allow_once", thread=7)
 
 
-FORGED = ["", "x", "again", "again:", "again:0", "again:-1", "again:1e3", "again:99999999999999999999", "again:１", "again:1\n", "again:1:1",
-          "drop:", "drop:1 OR 1=1", "ask:0123456789abcdef:0", "ask:0123456789abcdef:99", "ask::", "ask:" + "f" * 60,
-          "model:0:0123456789abcdef", "model:999999999999999999:0123456789abcdef", "model:7:x", "ask:0123456789abcdef:0\0", "🙂" * 16]
+FORGED = [
+    "", "x", "🙂" * 16,
+    "again", "again:", "again:0", "again:-1", "again:1e3", "again:1\n", "again:1:1",
+    "again:１", "again:99999999999999999999",
+    "drop:", "drop:1 OR 1=1",
+    "ask::", "ask:0123456789abcdef:0", "ask:0123456789abcdef:99", "ask:0123456789abcdef:0\0", "ask:" + "f" * 60,
+    "model:7:x", "model:0:0123456789abcdef", "model:999999999999999999:0123456789abcdef",
+]
 
 
 def test_presses_that_were_forged_do_nothing(telegram, bot):
@@ -4257,7 +4460,8 @@ def test_presses_that_were_forged_do_nothing(telegram, bot):
     telegram.press(answer, data="model:7:0")
     telegram.write("!say after", thread=8)
     telegram.answer("after", thread=8)
-    assert (bot.database("SELECT * FROM inbox LIMIT 2"), bot.database("SELECT * FROM sessions LIMIT 2"), telegram.current(answer)) == before
+    assert (bot.database("SELECT * FROM inbox LIMIT 2"), bot.database("SELECT * FROM sessions LIMIT 2"),
+            telegram.current(answer)) == before
     telegram.press(card, "Ask", user=BOB)
     telegram.answer("bob's", user=BOB)
 
@@ -4295,11 +4499,13 @@ def test_what_others_should_not_read_they_cannot(telegram, make_bot):
     bot.start()
     telegram.send_file("document", b"data", name="data.txt", caption="!file made.txt x\n!say done", thread=7)
     telegram.answer("done", thread=7)
-    open_to_others = [f"{path} {oct(path.stat().st_mode)}" for path in bot.folder.rglob("*") if path.stat().st_mode & 0o077]
+    open_to_others = [f"{path} {oct(path.stat().st_mode)}" for path in bot.folder.rglob("*")
+                      if path.stat().st_mode & 0o077]
     assert not open_to_others and (bot.workspace(7) / "uploads").is_dir()
 
 
 def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
+    """What became of the bot of the first test of Telegram's faults; here, so that some time has passed."""
     bot, telegram = thrown_out
     assert bot.running()
     first, *later = telegram.find("getUpdates", ok=None)
@@ -4308,13 +4514,6 @@ def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(throw
     else:
         telegram.answer("after the other bot", thread=7)
         assert later[0].time - first.time >= 35
-
-
-def test_fivefold_kill_loses_nothing_and_runs_nothing_twice(telegram, make_bot):
-    figures = Soak(make_bot(WARM_SECONDS=3), telegram, random.Random()).run(5)
-    assert (figures["lost"], figures["run twice"], figures["answered and offered"]) == (0, 0, 0), figures
-    assert figures["offered without a card"] == 0, figures
-    assert figures["parts sent twice"] == figures["of these with their confirmation cut off"], figures
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4330,18 +4529,20 @@ def uploads(bot, thread=7):
 
 def wait_uploads(bot, count, thread=7):
     """Wait until Kiro has named so many files in its answers; returns what was saved."""
-    bot.telegram.wait_until(lambda: sum(text.count("File: ") for text in bot.telegram.texts(thread)) >= count, what=f"{count} files")
+    bot.telegram.wait_until(lambda: sum(text.count("File: ") for text in bot.telegram.texts(thread)) >= count,
+                            what=f"{count} files")
     return uploads(bot, thread)
 
 
 def image_blocks_of(prompt):
+    """The images in a prompt, given by its entry of the wire."""
     return [block for block in prompt["frame"]["params"]["prompt"] if block["type"] == "image"]
 
 
-def patched_kiro(folder, code):
-    """A KIRO_COMMAND for the stand-in with a change in it; `code` sees the module as `k`."""
-    (folder / "agent.py").write_text(f"import test_sessions as k\n{code}\nk.Agent().run()\n")
-    return shlex.join([sys.executable, str(folder / "agent.py")])
+def base64_of(data):
+    """What the record keeps of the base64 of `data`."""
+    import base64
+    return shortened(base64.b64encode(data).decode())
 
 
 def test_files_of_every_kind_are_saved_and_named(telegram, bot):
@@ -4355,7 +4556,8 @@ def test_files_of_every_kind_are_saved_and_named(telegram, bot):
     prompts = "\n".join(bot.prompts())
     assert all(f"[File: {bot.workspace(7)}/uploads/{name}]" in prompts for name in saved)
     assert all(f"my {kind}\n" in prompts for kind in kinds)
-    assert [c.params["file_id"][:14] for c in telegram.find("getFile") if "photo" in c.params["file_id"]] == ["photo-1280x960-"[:14]]
+    fetched = [call.params["file_id"] for call in telegram.find("getFile")]
+    assert [file_id[:14] for file_id in fetched if "photo" in file_id] == ["photo-1280x960"]
 
 
 def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
@@ -4371,15 +4573,14 @@ def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     assert list(uploads(bot, 8).values()) == [png()]
 
 
-def base64_of(data):
-    """What the record keeps of the base64 of `data`."""
-    import base64
-    return shortened(base64.b64encode(data).decode())
-
-
-HOSTILE_NAMES = ["../../../etc/passwd", "..", "/etc/passwd", "C:\\windows\\a.exe", ".bashrc", "-rf", "-.hidden.txt", " ", "a\nb\r\t.txt",
-                 "nul\0.txt", "annex\u202egpj.exe", "line\u2028end", "a" * 300 + ".txt", "é" * 200, "x." + "y" * 300, "same.txt",
-                 "same.txt", 'q"uo;t\'e$(x)`.txt', "uploads/../x", "~", "😀.tar.gz", "​.txt"]
+HOSTILE_NAMES = [
+    "../../../etc/passwd", "..", "/etc/passwd", "C:\\windows\\a.exe", "uploads/../x",
+    ".bashrc", "-rf", "-.hidden.txt", " ", "~",
+    "a\nb\r\t.txt", "nul\0.txt", "annex\u202egpj.exe", "line\u2028end", "\u200b.txt",
+    "a" * 300 + ".txt", "é" * 200, "x." + "y" * 300,
+    "same.txt", "same.txt",
+    'q"uo;t\'e$(x)`.txt', "😀.tar.gz",
+]
 
 
 def test_hostile_file_names_are_made_harmless(telegram, bot):
@@ -4464,13 +4665,14 @@ def test_what_cannot_be_passed_on_is_said_and_service_messages_are_none(telegram
     place = {"latitude": 1.5, "longitude": 2.5}
     sticker = {"type": "regular", "width": 1, "height": 1, "is_animated": False, "is_video": True}
     option = {"text": "yes", "voter_count": 0, "persistent_id": "1"}
-    poll = {"id": "1", "question": "?", "options": [option], "total_voter_count": 0, "is_closed": False, "is_anonymous": True,
-            "type": "regular", "allows_multiple_answers": False}
+    poll = {"id": "1", "question": "?", "options": [option], "total_voter_count": 0, "is_closed": False,
+            "is_anonymous": True, "type": "regular", "allows_multiple_answers": False}
     others = [{"location": place}, {"venue": {"location": place, "title": "x", "address": "y"}, "location": place},
               {"contact": {"phone_number": "1", "first_name": "x"}}, {"dice": {"emoji": "🎲", "value": 3}},
               {"sticker": telegram.new_file("sticker", b"x", **sticker)}, {"poll": poll}, {"hologram": {"size": 3}}]
-    services = [{"forum_topic_created": {"name": "x", "icon_color": 1}}, {"forum_topic_edited": {"name": "y"}}, {"forum_topic_closed": {}},
-                {"delete_chat_photo": True}, {"message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}]
+    services = [{"forum_topic_created": {"name": "x", "icon_color": 1}}, {"forum_topic_edited": {"name": "y"}},
+                {"forum_topic_closed": {}}, {"delete_chat_photo": True},
+                {"message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}]
     for content in services + others:
         telegram.post(thread=7, **content)
     telegram.wait_for(None, containing="I can't pass on this", thread=7, count=len(others))
@@ -4482,67 +4684,9 @@ def test_what_cannot_be_passed_on_is_said_and_service_messages_are_none(telegram
 
 def test_a_rich_message_is_read(telegram, bot):
     text = ["plain, ", {"type": "bold", "text": "bold"}, " and ", {"type": "italic", "text": ["nested"]}]
-    telegram.post(thread=7, rich_message={"blocks": [{"type": "paragraph", "text": text}, {"type": "paragraph", "text": "the end"}]})
+    telegram.post(thread=7, rich_message={"blocks": [{"type": "paragraph", "text": text},
+                                                     {"type": "paragraph", "text": "the end"}]})
     telegram.answer("echo: plain, bold and nested\nthe end", thread=7)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The tests: what belongs together, quotes, forwards, edits
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_albums_and_split_texts_are_one_prompt(telegram, bot):
-    telegram.album(*({"kind": "document", "data": b"%d" % n, "name": f"{n}.txt"} for n in range(3)), caption="three", thread=7)
-    telegram.write("a" * 4096, thread=8)
-    telegram.write("b" * 100, thread=8)
-    together = wait_until(lambda: len(bot.prompts()) == 2 and sorted(bot.prompts()))
-    assert "a" * 1900 in together[0] or "aaa" in together[0]
-    assert [together[1].count(name) for name in ("three", "0.txt", "1.txt", "2.txt")] == [1, 1, 1, 1]
-    telegram.answer("b" * 100, thread=8)
-    assert len(bot.wire("in", "session/prompt")) == 2
-
-
-def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
-    first = telegram.write("first", thread=7)
-    answer = telegram.answer("echo: first", thread=7)
-    topic = {"message_id": 7, "from": ALICE, "chat": first["chat"], "date": 1, "forum_topic_created": {"name": "topic", "icon_color": 1}}
-    channel = {"type": "channel", "date": 1, "chat": {"id": -1, "type": "channel", "title": "News"}, "message_id": 3}
-    hidden = {"type": "hidden_user", "date": 1, "sender_user_name": "Carol C."}
-    with telegram.batch_of_updates():
-        telegram.write("reply?", thread=7, reply_to=first)
-        telegram.write("to the bot?", thread=7, reply_to=answer)
-        telegram.write("quote?", thread=7, reply_to=answer, quote="a part\nof it")
-        telegram.write("implicit?", thread=7, reply_to=topic)
-        telegram.write("from Bob", thread=7, forward_origin={"type": "user", "date": 1, "sender_user": BOB})
-        telegram.write("from Carol", thread=7, forward_origin=hidden)
-        telegram.write("from a channel", thread=7, forward_origin=channel)
-        telegram.send_file("document", name="a.txt", caption="with a file", forward_origin=hidden, thread=7)
-    bot.wait_prompt("with a file")
-    prompt = "\n\n" + "\n\n".join(bot.prompts())
-    for said in ("> first\n\nreply?", "> echo: first\n\nto the bot?", "> a part\n> of it\n\nquote?", "[Forwarded from Bob]\nfrom Bob",
-                 "[Forwarded from Carol C.]\nfrom Carol", "[Forwarded from News]\nfrom a channel",
-                 "[Forwarded from Carol C.]\nwith a file\n[File: "):
-        assert f"\n\n{said}" in prompt
-    assert "\n\nimplicit?" in prompt and "topic" not in prompt.partition("implicit?")[0].rpartition("quote?")[2]
-
-
-def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(telegram, bot):
-    running = telegram.write("!wait gate", thread=7)
-    bot.wait_prompt("!wait gate")
-    waiting = telegram.write("wrong words", thread=7)
-    picture = telegram.send_file("photo", png(), caption="wrong caption", thread=7)
-    telegram.wait_for("setMessageReaction")
-    telegram.edit(waiting, "right words")
-    telegram.edit(picture, "right caption")
-    telegram.edit(running, "!wait another")
-    telegram.answer("Your edit came too late", thread=7)
-    telegram.write("/status", thread=7)
-    telegram.answer("2 waiting", thread=7)
-    bot.kill()
-    bot.start()
-    prompt = bot.wait_prompt("right caption")["frame"]["params"]["prompt"][0]["text"]
-    assert prompt.startswith("right words\n\nright caption\n[File: ")
-    assert not any("wrong" in prompt for prompt in bot.prompts())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4560,21 +4704,24 @@ def in_workspace(bot, files, thread=7):
 
 
 def tag(path, caption=""):
+    """What Kiro writes to send a file."""
     return f'<send_file path="{path}">{caption}</send_file>'
 
 
 def test_files_are_sent_as_what_they_are(telegram, bot):
-    files = {"a.txt": b"text", "b.png": png(), "broken.png": b"\x89PNG\r\n\x1a\n", "strip.png": png(1, 30), "c d/ü;$'.md": b"odd",
-             "long.txt": b"long", "it's.txt": b"apostrophe", "self.txt": b"self"}
+    files = {"a.txt": b"text", "b.png": png(), "broken.png": b"\x89PNG\r\n\x1a\n", "strip.png": png(1, 30),
+             "c d/ü;$'.md": b"odd", "long.txt": b"long", "it's.txt": b"apostrophe", "self.txt": b"self"}
     folder = in_workspace(bot, files)
     dictate(telegram, bot, "\n".join([
-        "Before.", tag("a.txt", "a caption"), tag("b.png", "a picture"), tag("broken.png"), tag("strip.png"), tag("./c d/../c d/ü;$'.md"),
-        tag(folder / "long.txt", "l" * 1500), tag("it's.txt"), "<send_file path = 'self.txt' />", "After."]), size=7)
+        "Before.", tag("a.txt", "a caption"), tag("b.png", "a picture"), tag("broken.png"), tag("strip.png"),
+        tag("./c d/../c d/ü;$'.md"), tag(folder / "long.txt", "l" * 1500), tag("it's.txt"),
+        "<send_file path = 'self.txt' />", "After."]), size=7)
     telegram.answer("l" * 1500, thread=7)
-    sent = telegram.wait_until(lambda: [call for method in ("sendPhoto", "sendDocument") for call in telegram.find(method)][7:] and
-                               telegram.find("sendPhoto") + telegram.find("sendDocument"))
-    assert [call.files["photo"][1] for call in telegram.find("sendPhoto")] == [png()]
-    assert sorted(call.files["document"][1] for call in telegram.find("sendDocument")) == sorted(set(files.values()) - {png()})
+    telegram.wait_until(lambda: len(telegram.find(("sendPhoto", "sendDocument"))) >= len(files), what="all files")
+    photos, documents = telegram.find("sendPhoto"), telegram.find("sendDocument")
+    sent = photos + documents
+    assert [call.files["photo"][1] for call in photos] == [png()]
+    assert sorted(call.files["document"][1] for call in documents) == sorted(set(files.values()) - {png()})
     assert [call.text for call in sent if call.text] == ["a picture", "a caption"]
     assert all(call.thread == 7 for call in sent)
     text = telegram.answer("Before.", thread=7).text
@@ -4586,16 +4733,18 @@ def test_files_that_must_not_be_sent_are_refused(telegram, bot, tmp_path):
     (tmp_path / "secret").write_text("SECRET")
     os.truncate(folder / "huge", 2001 * MEGABYTE)
     os.mkfifo(folder / "fifo")
-    for name, target in {"link": tmp_path / "secret", "dir": tmp_path, "zero": "/dev/zero", "loop": "loop", "out": bot.folder / ".env"}.items():
+    for name, target in {"link": tmp_path / "secret", "dir": tmp_path, "zero": "/dev/zero", "loop": "loop",
+                         "out": bot.folder / ".env"}.items():
         (folder / name).symlink_to(target)
-    bad = ["/etc/hostname", "../../../.env", "../8/x", "link", "dir/secret", "zero", "/dev/zero", "fifo", "loop", "out", "missing", "missing/x",
-           ".", "fine.txt/x", "", "huge", "empty", "~/x", "x" * 300]
+    bad = ["/etc/hostname", "../../../.env", "../8/x", "link", "dir/secret", "zero", "/dev/zero", "fifo", "loop", "out",
+           "missing", "missing/x", ".", "fine.txt/x", "", "huge", "empty", "~/x", "x" * 300]
     dictate(telegram, bot, "Here:\n" + "\n".join(map(tag, bad)) + tag("fine.txt"), size=3000)
     telegram.wait_for("sendDocument", thread=7)
     telegram.wait_for(containing="Kiro wanted to send", thread=7, count=len(bad))
     assert [call.files["document"][1] for call in telegram.find("sendDocument")] == [b"fine"]
     told = telegram.texts(containing="Kiro wanted to send")
-    assert "outside" in told[0] and "no such file" in "".join(told) and "regular file" in "".join(told) and "larger" in "".join(told)
+    assert "outside" in told[0]
+    assert all(reason in "".join(told) for reason in ("no such file", "regular file", "larger"))
     telegram.write("what now?", thread=7)
     telegram.answer("echo: what now?", thread=7)
     assert all(f"{path}: " in bot.prompts()[-1] for path in bad)
@@ -4640,18 +4789,26 @@ def test_a_folder_that_becomes_a_link_at_the_last_moment_is_noticed(tmp_path, mo
 
 def test_tags_in_code_are_text(telegram, bot):
     in_workspace(bot, {"a.txt": b"a"})
-    text = f"Write `{tag('a.txt')}` or ``{tag('a.txt', '`')}``:\n\n```html\n{tag('a.txt')}\n```\n\n~~~\n{tag('a.txt')}\n~~~\n\n````\n```\n{tag('a.txt')}"
+    text = (f"Write `{tag('a.txt')}` or ``{tag('a.txt', '`')}``:\n\n```html\n{tag('a.txt')}\n```\n\n"
+            f"~~~\n{tag('a.txt')}\n~~~\n\n````\n```\n{tag('a.txt')}")
     for size in (1, 1000):
         dictate(telegram, bot, text, size)
         assert telegram.wait_for("sendRichMessage", thread=7, count=1 if size == 1 else 2).text.count(tag("a.txt")) == 4
-    dictate(telegram, bot, f"1. In an item:\n   - ```html\n     a\n\n     {tag('a.txt')}\n     ```\n\n> ```\n> {tag('a.txt')}\n> ```\n\nDone.")
+    dictate(telegram, bot, f"1. In an item:\n   - ```html\n     a\n\n     {tag('a.txt')}\n     ```\n\n"
+                           f"> ```\n> {tag('a.txt')}\n> ```\n\nDone.")
     assert telegram.answer("Done.", thread=7).text.count(tag("a.txt")) == 2
     assert not telegram.find("sendDocument")
 
 
-ODD_TAGS = ["See <send_file path=a.txt>cap</send_file> and more.", "The <send_file_size> setting, and more.", "Use <send_file and more.",
-            '<send_file path="a.txt" caption="x">c</send_file> and more.', '<send_file path="a.txt">never closed, and more.',
-            '<send_file path="a"><send_file path="b">x</send_file>y</send_file> and more.', "</send_file> and more."]
+ODD_TAGS = [
+    "See <send_file path=a.txt>cap</send_file> and more.",
+    "The <send_file_size> setting, and more.",
+    "Use <send_file and more.",
+    '<send_file path="a.txt" caption="x">c</send_file> and more.',
+    '<send_file path="a.txt">never closed, and more.',
+    '<send_file path="a"><send_file path="b">x</send_file>y</send_file> and more.',
+    "</send_file> and more.",
+]
 
 
 @pytest.mark.parametrize("text", ODD_TAGS)
@@ -4659,7 +4816,8 @@ def test_odd_tags_swallow_nothing(text):
     assert "and more." in program.visible_text(text)[0]
 
 
-TAGGED = f"Here: {tag('a.txt', 'the caption')} it is, `{tag('b')}` {tag('c')}.\n```\n{tag('d')}\n```\n<send_file\n path='e' />{tag('f', 'x `y` <z>')}!"
+TAGGED = (f"Here: {tag('a.txt', 'the caption')} it is, `{tag('b')}` {tag('c')}.\n```\n{tag('d')}\n```\n"
+          f"<send_file\n path='e' />{tag('f', 'x `y` <z>')}!")
 
 
 def test_no_prefix_of_an_answer_shows_a_piece_of_a_tag():
@@ -4671,7 +4829,8 @@ def test_no_prefix_of_an_answer_shows_a_piece_of_a_tag():
         assert "<" not in outside and "the caption" not in outside and "file" not in outside, shown
 
 
-@pytest.mark.parametrize("piece", ["<", "`", "[", "![", "[a](", "<send_file ", '<send_file path="a">', "```\n", "[\\", "**", "_a", "~~~\n"])
+@pytest.mark.parametrize("piece", ["<", "`", "[", "![", "[a](", "<send_file ", '<send_file path="a">', "```\n", "[\\",
+                                   "**", "_a", "~~~\n"])
 def test_hostile_texts_take_no_time(piece):
     text, begun = piece * (100_000 // len(piece)), time.process_time()
     program.visible_text(text, still_coming=True)
@@ -4699,31 +4858,43 @@ def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, quick):
 
 def question(telegram, containing, thread=7, **which):
     """Wait for a permission request; returns the call that asked."""
-    return telegram.wait_for("sendMessage", containing=containing, thread=thread, when=lambda call: "reply_markup" in call.params, **which)
+    return telegram.wait_for("sendMessage", containing=containing, thread=thread,
+                             when=lambda call: "reply_markup" in call.params, **which)
 
 
 def settled(telegram, call, text):
     """Wait until a question has this outcome and no buttons any more."""
-    telegram.wait_until(lambda: text in telegram.current(call)["text"] and not telegram.buttons(call), what=f"the outcome {text!r}")
+    telegram.wait_until(lambda: text in telegram.current(call)["text"] and not telegram.buttons(call),
+                        what=f"the outcome {text!r}")
 
 
 def toast(telegram, query):
     """Wait for the answer to a press; returns its text."""
-    return telegram.wait_for("answerCallbackQuery", when=lambda call: call.params["callback_query_id"] == query["id"]).text
+    return telegram.wait_for("answerCallbackQuery",
+                             when=lambda call: call.params["callback_query_id"] == query["id"]).text
+
+
+def patched_kiro(folder, code):
+    """A KIRO_COMMAND for the stand-in with a change in it; `code` sees the module as `k`."""
+    (folder / "agent.py").write_text(f"import test_sessions as k\n{code}\nk.Agent().run()\n")
+    return shlex.join([sys.executable, str(folder / "agent.py")])
 
 
 def test_each_option_of_a_permission_is_a_button(telegram, bot):
-    telegram.write("!ask Running: make one\n!ask Running: make two\n!tool edit Editing notes/todo.md\n!ask\n!say the end", thread=7)
-    for title, button, kind in (("make one", "Yes", "allow_once"), ("make two", "Always", "allow_always"), ("notes/todo.md", "No", "reject_once")):
+    telegram.write("!ask Running: make one\n!ask Running: make two\n"
+                   "!tool edit Editing notes/todo.md\n!ask\n!say the end", thread=7)
+    for title, button, kind in (("make one", "Yes", "allow_once"),
+                                ("make two", "Always", "allow_always"),
+                                ("notes/todo.md", "No", "reject_once")):
         asked = question(telegram, title)
-        assert [b["text"] for b in telegram.buttons(asked)] == ["Yes", "Always", "No"]
+        assert offers(telegram, asked) == ["Yes", "Always", "No"]
         assert not asked.params.get("disable_notification")
         assert button in toast(telegram, telegram.press(asked, button))
         settled(telegram, asked, f"→ {button}")
         assert title in telegram.current(asked)["text"]
         bot.wait_wire("in", when=lambda entry: f"'optionId': '{kind}'" in str(entry["frame"]))
-    answer = telegram.answer("the end", thread=7).text
-    assert [line for line in answer.splitlines() if line.startswith("perm")] == [f"permission: {k}" for k in ("allow_once", "allow_always", "reject_once")]
+    told = [line for line in telegram.answer("the end", thread=7).text.splitlines() if line.startswith("perm")]
+    assert told == ["permission: allow_once", "permission: allow_always", "permission: reject_once"]
 
 
 def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
@@ -4741,7 +4912,8 @@ def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
             os.kill(pid, signal.SIGKILL)
     settled(telegram, asked[3], "Refused: the turn is over")
     for thread in (1, 2, 3):
-        late = telegram.press({**asked[thread].message}, data=asked[thread].params["reply_markup"]["inline_keyboard"][0][0]["callback_data"])
+        [[first, *_], *_] = asked[thread].params["reply_markup"]["inline_keyboard"]
+        late = telegram.press(asked[thread], data=first["callback_data"])
         assert toast(telegram, late) == "This is over."
     assert len(bot.wire("in", when=lambda e: "'outcome': 'cancelled'" in str(e["frame"]))) == 2
 
@@ -4781,7 +4953,8 @@ def update(self, update, old=k.Turn.update):
         update.update(title="Clean up", rawInput={"command": "rm -rf ~"})
     old(self, update)
 k.Turn.update = update
-k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"), dict(optionId="x" * 99, name=" ", kind="odd")]
+k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"),
+                               dict(optionId="x" * 99, name=" ", kind="odd")]
 """
 
 
@@ -4794,91 +4967,18 @@ def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, start,
     telegram.answer("permission: allow_always", thread=7)
 
 
-@pytest.mark.parametrize("code, kind", [
-    ("pass", "allow_once"),
-    ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once'), dict(optionId=3, name='Ok', kind='allow_always')]", "allow_always"),
-    ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]", "cancelled")])
+ONLY_NO = "k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]"
+NO_AND_ALWAYS = ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once'), "
+                 "dict(optionId=3, name='Ok', kind='allow_always')]")
+
+
+@pytest.mark.parametrize("code, kind", [("pass", "allow_once"), (NO_AND_ALWAYS, "allow_always"), (ONLY_NO, "cancelled")])
 def test_allow_mode_allows_by_kind(telegram, start, tmp_path, code, kind):
     bot = start(TOOL_APPROVAL="allow", KIRO_COMMAND=patched_kiro(tmp_path, code))
     bot.habits(permission_ids="hyphens")
     telegram.write("!ask Running: make", thread=7)
     telegram.answer(f"permission: {kind}", thread=7)
     assert len(telegram.texts()) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The tests: tools, /status, warnings, commands
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, quick):
-    bot = quick
-    telegram.write("!say Before.\n!tool execute Running: make all\n!wait gate\n!tool_done\n!say Between.\\n\n!tool read x\n!tool_done\n!say After.", thread=7)
-    assert "Before." in telegram.wait_for(DRAFT, containing="Running: make all", thread=7).text
-    bot.open_gate("gate")
-    assert telegram.answer("After.", thread=7).text == "Before.\n\nBetween.\n\nAfter."
-
-
-def test_status_tells_session_model_folder_context_and_cost(telegram, bot):
-    telegram.write("/status", thread=7)
-    assert "none yet" in telegram.answer("Session:", thread=7).text
-    telegram.write("!context 42.4\n!credits 0.5 0.25", thread=7)
-    telegram.answer("finished without", thread=7)
-    telegram.write("!wait gate", thread=7)
-    bot.wait_prompt("!wait gate")
-    telegram.write("wait", thread=7)
-    telegram.write("/status", thread=7)
-    status = telegram.answer("Running for", thread=7).text
-    session, = bot.database()
-    for told in (session["session_id"], "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "1 waiting"):
-        assert told in status
-    bot.open_gate("gate")
-    telegram.answer("echo: wait", thread=7)
-    telegram.write("/status", thread=7)
-    telegram.answer("Nothing is running", thread=7)
-
-
-def test_a_nearly_full_context_is_told_once(telegram, bot):
-    telegram.write("!context 85\n!say one", thread=7)
-    telegram.answer("85 %", thread=7)
-    telegram.write("!context 90\n!say two", thread=7)
-    telegram.answer("two", thread=7)
-    telegram.write("!compaction\n!say three", thread=7)
-    telegram.answer("90 %", thread=7)
-    hints = telegram.texts(containing="%")
-    assert len(hints) == 2 and all("/new" in hint and "/compact" in hint for hint in hints)
-
-
-def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
-    for number, hint in ((111, False), (222, True)):
-        telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
-        assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
-    telegram.write("!error -32603 Too many requests", thread=7)
-    assert "/new" not in telegram.answer("Too many requests", thread=7).text
-    telegram.write("fine", thread=7)
-    telegram.answer("echo: fine", thread=7)
-
-
-def test_other_commands_go_to_kiro_alone_and_unchanged(telegram, bot):
-    telegram.wait_until(lambda: telegram.commands)
-    assert {command["command"] for command in telegram.commands} >= {"new", "stop", "model", "status", "help"}
-    telegram.write("!wait gate", thread=7)
-    bot.wait_prompt("!wait gate")
-    for text in ("before", "and this", "/compact  all of\nit", "/agent@kiro_test_bot swap", "after"):
-        telegram.write(text, thread=7)
-    telegram.wait_for("setMessageReaction")
-    telegram.write("/status", thread=7)
-    telegram.answer("5 waiting", thread=7)
-    bot.open_gate("gate")
-    telegram.answer("echo: after", thread=7)
-    prompts = bot.prompts()[1:]
-    assert prompts[0].startswith("before\n\nand this") and prompts[1:3] == ["/compact  all of\nit", "/agent swap"]
-    assert prompts[3].startswith("after") and len(prompts) == 4
-
-
-def test_a_forwarded_command_is_a_text(telegram, bot):
-    telegram.write("/new", thread=7, forward_origin={"type": "hidden_user", "date": 1, "sender_user_name": "Carol"})
-    telegram.answer("echo: [Forwarded from Carol]\n/new", thread=7)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4937,26 +5037,6 @@ def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, make_b
     bot.restart()
     assert len(bot.wire("in", "session/new")) == 2
     assert {row["state"] for row in bot.database("SELECT state FROM inbox")} == {"done"}
-
-
-def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
-    telegram.fault("sendMessage", status=429, retry_after=60, when=lambda call: call.params["chat_id"] == ALICE["id"])
-    for thread in range(1, 12):
-        telegram.write("/status", thread=thread)
-    telegram.write("/status", user=BOB, thread=7)
-    telegram.answer("Session", user=BOB, thread=7)
-
-
-def test_a_lock_that_names_nobody_is_removed(telegram, start):
-    bot = start(WARM_SECONDS=0)
-    telegram.write("one", thread=7)
-    telegram.answer("echo: one", thread=7)
-    bot.wait_agents(0)
-    lock, = (path.with_suffix(".lock") for path in bot.home.glob(".kiro/sessions/cli/*.json"))
-    lock.touch()
-    os.utime(lock, (0, 0))
-    telegram.write("two", thread=7)
-    telegram.answer("echo: two", thread=7)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5019,8 +5099,8 @@ def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
              '!say see <send_file path="a.txt">this</send_file>', "/new", "last"]
     result = bot.run("--console", input="\n".join(lines) + "\n")
     assert result.returncode == 0, result.stderr
-    expected = ["echo: hello", "Session: ", "  claude-", "Model for this topic: auto, from", "1. Yes", "permission: allow_once",
-                "a.txt] this", "new session", "echo: last"]
+    expected = ["echo: hello", "Session: ", "  claude-", "Model for this topic: auto, from", "1. Yes",
+                "permission: allow_once", "a.txt] this", "new session", "echo: last"]
     places = [result.stdout.index(what) for what in expected]
     assert places == sorted(places)
     assert "<send_file" not in result.stdout
