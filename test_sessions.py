@@ -20,6 +20,7 @@ is in KIRO_STAND_IN) holds habits, gates and the wire.
 import itertools
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -77,6 +78,8 @@ class Wire:
         self.record = None
         if control:
             path = os.path.join(control, "wire.jsonl")
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # also while the bot's disk is full
             self.record = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def send(self, frame):
@@ -2554,7 +2557,6 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------------------------------------
 
 from concurrent.futures import ThreadPoolExecutor
-import resource
 
 import pytest
 
@@ -4303,7 +4305,7 @@ def test_a_second_bot_in_the_folder_says_so_and_exits(telegram, bot):
 
 @contextlib.contextmanager
 def full_disk(bot):
-    """The bot can't write a byte more, its children excepted that are there already."""
+    """The bot can't write a byte more; its agents can."""
     limits = resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE, (16, limits[1]))
     try:
