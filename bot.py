@@ -787,7 +787,7 @@ class Commands:
 def carries(message: Any, data: Optional[str]) -> bool:
     """Does the message have a button with this data?  Not when somebody made the press up."""
     keyboard = getattr(message, "reply_markup", None)
-    return bool(keyboard) and any(button.callback_data == data for row in keyboard.keyboard for button in row)
+    return bool(keyboard) and any(button.callback_data == data for row in keyboard.inline_keyboard for button in row)
 
 
 def is_animated(message: types.Message) -> bool:

@@ -2223,10 +2223,11 @@ class Bot:
             self.clean_up()
 
     def check(self):
-        """No violations, no traceback, and the token nowhere."""
+        """No violations, no traceback, no warning of a library, and the token nowhere."""
         violations = [entry["frame"] for entry in self.wire("violation")]
         assert not self.telegram.violations + violations
         assert "Traceback" not in self.log()
+        assert "deprecated" not in self.log()
         assert TOKEN not in self.log()
         for entry in self.wire("start"):
             assert TOKEN not in json.dumps(entry["frame"])
