@@ -2906,9 +2906,9 @@ def test_a_draft_appears_at_once_and_grows(telegram, quick):
 
 def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
     for thread in (7, 8):
-        telegram.write("!chunks 50 50 0.05", thread=thread)
+        telegram.write("!chunks 40 50 0.05", thread=thread)
     for thread in (7, 8):
-        telegram.answer("00049", thread=thread)
+        telegram.answer("00039", thread=thread)
     drafts = telegram.drafts()
     firsts = {draft.params["draft_id"]: draft for draft in reversed(drafts)}.values()
     paced = [draft for draft in drafts if draft not in firsts]
@@ -3699,7 +3699,7 @@ def test_a_lock_that_names_nobody_is_removed(telegram, start):
 
 def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, start):
     bot = start(WARM_SECONDS=0)
-    bot.habits(slow_exit=0.7, two_processes=True)
+    bot.habits(slow_exit=0.4, two_processes=True)
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "!recall", 7, "2 before: hello")
     first, second = [entry["t"] for entry in bot.wire("exit")][:1] + [bot.wait_wire("in", "session/load")["t"]]
@@ -3887,7 +3887,7 @@ def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, start):
 
 
 def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp").hurry(**SOON_STARTED)
+    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp").hurry(**SOON_ENDED)
     program = bot.folder / "kiro"
     program.write_text(f"#!/bin/sh\nenv -i sleep 600 & echo $! > {bot.control}/left\nexec {KIRO_COMMAND}\n")
     program.chmod(0o700)
