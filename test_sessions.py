@@ -4921,6 +4921,20 @@ def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
     assert len(bot.wire("in", when=lambda e: "'outcome': 'cancelled'" in str(e["frame"]))) == 2
 
 
+@pytest.mark.parametrize("constants, others", [(dict(PERMISSION_SECONDS=0.5), []),
+                                               (dict(PERMISSION_SECONDS_IN_DEMAND=0.3, DEAF_SECONDS=0.4), [8])])
+def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegram, make_bot, constants, others):
+    make_bot(MAX_PROCESSES=1).hurry(**constants).start()
+    telegram.write("!ask Running: make", thread=7)
+    asked = question(telegram, "make")
+    for thread in others:
+        telegram.write("!say my turn", thread=thread)
+    settled(telegram, asked, "Refused: nobody answered")
+    telegram.answer("permission: cancelled", thread=7)
+    for thread in others:
+        telegram.answer("my turn", thread=thread)
+
+
 def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
     telegram.write("!ask Running: first", thread=7)
     telegram.write("!ask Running: second", thread=8)
