@@ -1629,7 +1629,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     wbufsize = -1
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # the bot ended in the middle of a request
+            self.close_connection = True
+            return
         try:
             status, content_type, answer = self.server.telegram.answer_http(
                 self.path, self.headers.get("Content-Type", ""), body)
