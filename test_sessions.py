@@ -2570,39 +2570,57 @@ from sessions import SessionRecord, SessionStore, StoreError
 import bot as program
 
 
+def bot_with(constants=None, **settings):
+    """Decorates a test: its `bot` runs with these settings, and hurries with these constants (see Bot.hurry)."""
+    def decorate(test):
+        test.bot_with = constants or {}, settings
+        return test
+    return decorate
+
+
 class Spares:
-    """Bots with the usual settings, each started while the test before it still runs."""
+    """The bots of the next few tests, started while the tests before them still run."""
 
-    def __init__(self, folders):
-        self.folders, self.pool, self.next = folders, ThreadPoolExecutor(1), None
+    AHEAD = 3
 
-    def make(self):
+    def __init__(self, folders, tests):
+        self.folders, self.pool = folders, ThreadPoolExecutor(2)
+        self.tests = [test for test in tests if "bot" in test.fixturenames]
+        self.started = {}  # test -> future (Telegram, Bot)
+
+    def start(self, test):
+        constants, settings = getattr(test.function, "bot_with", ({}, {}))
         telegram = Telegram()
-        return telegram, Bot(self.folders.mktemp("bot"), telegram).start()
+        bot = Bot(self.folders.mktemp("bot"), telegram, **settings)
+        if constants:
+            bot.hurry(**constants)
+        return telegram, bot.start()
 
-    def take(self):
-        pair = (self.next or self.pool.submit(self.make)).result()
-        self.next = self.pool.submit(self.make)
-        return pair
+    def take(self, test):
+        position = self.tests.index(test)
+        for each in self.tests[position:position + 1 + self.AHEAD]:
+            if each not in self.started:
+                self.started[each] = self.pool.submit(self.start, each)
+        return self.started.pop(test).result()
 
     def close(self):
-        if self.next:
-            telegram, bot = self.next.result()
+        for future in self.started.values():
+            telegram, bot = future.result()
             with telegram:
                 bot.close()
 
 
 @pytest.fixture(scope="session")
-def spares(tmp_path_factory):
-    spares = Spares(tmp_path_factory)
+def spares(request, tmp_path_factory):
+    spares = Spares(tmp_path_factory, request.session.items)
     yield spares
     spares.close()
 
 
 @pytest.fixture
 def spare(request):
-    """(Telegram, a running bot) for tests that want the usual bot, else None."""
-    return request.getfixturevalue("spares").take() if "bot" in request.fixturenames else None
+    """(Telegram, a running bot) for tests that want a bot, else None."""
+    return request.getfixturevalue("spares").take(request.node) if "bot" in request.fixturenames else None
 
 
 @pytest.fixture
@@ -2626,14 +2644,8 @@ def make_bot(tmp_path, telegram):
 
 
 @pytest.fixture
-def start(make_bot):
-    """Starts bots: start(**settings)."""
-    return lambda **settings: make_bot(**settings).start()
-
-
-@pytest.fixture
 def bot(spare):
-    """A bot with the usual settings, running."""
+    """A running bot, with the usual settings unless the test is decorated otherwise."""
     _, bot = spare
     yield bot
     bot.close()
@@ -2816,8 +2828,8 @@ def test_every_topic_of_every_user_has_its_own_session_and_folder(telegram, bot)
 
 
 @pytest.mark.parametrize("replay", ["before", "after"])
-def test_a_restart_remembers(telegram, start, replay):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_a_restart_remembers(telegram, bot, replay):
     bot.habits(replay=replay, forget_model=True)
     ask(telegram, "first")
     ask(telegram, "/model claude-haiku-4.5")
@@ -2851,8 +2863,8 @@ def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
     assert (row["model"], row["workspace_path"]) == ("claude-sonnet-4", old["workspace_path"])
 
 
-def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
-    bot = make_bot().hurry(FRAME_SECONDS=0.02).start()
+@bot_with(dict(FRAME_SECONDS=0.02))
+def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, bot):
     assert ask(telegram, "/start") == ask(telegram, "/help") and "/new" in telegram.texts()[-1]
     assert "none yet" in ask(telegram, "/status")
     ask(telegram, "!context 42")
@@ -2874,10 +2886,7 @@ def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, make_bot):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(make_bot):
-    """A bot that sends many frames."""
-    return make_bot().hurry(FRAME_SECONDS=0.02, KEEP_ALIVE_SECONDS=0.1).start()
+QUICK = dict(FRAME_SECONDS=0.02, KEEP_ALIVE_SECONDS=0.1)  # many frames
 
 
 def press_stop(telegram, draft):
@@ -2891,8 +2900,8 @@ def write_stop(telegram, draft):
 STOPS = [(7, press_stop), (8, write_stop)]
 
 
-def test_a_draft_appears_at_once_and_grows(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_a_draft_appears_at_once_and_grows(telegram, bot):
     begun = time.monotonic()
     telegram.write("!say one\n!wait go\n!say two\n!wait on", thread=7)
     first = telegram.wait_for(DRAFT)
@@ -2920,8 +2929,8 @@ def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
     assert paced and min(gaps) > 1.4
 
 
-def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, bot):
     telegram.write("!chunks 90 100\n!tool execute Running: make\n!wait go", thread=7)
     draft = telegram.wait_for(DRAFT, containing="make", count=4)
     assert f"{89:099d}" in draft.text and f"{0:099d}" not in draft.text
@@ -2931,8 +2940,8 @@ def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, quick):
     assert not telegram.drafts(after=last)
 
 
-def test_stop_ends_a_running_turn_and_keeps_what_was_said(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_stop_ends_a_running_turn_and_keeps_what_was_said(telegram, bot):
     for thread, stop in STOPS:
         telegram.write("!say so far\n!silence", thread=thread)
         stop(telegram, telegram.wait_for(DRAFT, containing="so far", thread=thread))
@@ -2955,8 +2964,8 @@ def test_stop_ends_a_turn_that_is_starting(telegram, bot):
     assert not any("never" in prompt for prompt in bot.prompts())
 
 
-def test_stop_ends_a_turn_that_waits_for_a_place(telegram, start):
-    bot = start(MAX_PROCESSES=1)
+@bot_with(MAX_PROCESSES=1)
+def test_stop_ends_a_turn_that_waits_for_a_place(telegram, bot):
     telegram.write("!wait go", thread=6)
     bot.wait_prompt("!wait go")
     for thread, stop in STOPS:
@@ -2969,8 +2978,8 @@ def test_stop_ends_a_turn_that_waits_for_a_place(telegram, start):
     assert len(bot.prompts()) == 2
 
 
-def test_the_button_of_an_older_draft_does_nothing(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_the_button_of_an_older_draft_does_nothing(telegram, bot):
     ask(telegram, "first")
     old = telegram.drafts(7)[0]
     telegram.write("!say still here\n!wait go", thread=7)
@@ -3049,8 +3058,8 @@ def most_at_once(bot):
     return most
 
 
-def test_twelve_topics_share_three_places(telegram, start):
-    bot = start(MAX_PROCESSES=3)
+@bot_with(MAX_PROCESSES=3)
+def test_twelve_topics_share_three_places(telegram, bot):
     with telegram.batch_of_updates():
         for thread in range(11, 23):
             telegram.write(f"!wait go\n!say topic {thread}", thread=thread)
@@ -3078,8 +3087,8 @@ def test_errands_of_one_topic_hold_up_no_other(telegram, bot):
     stuck.end()
 
 
-def test_places_are_given_in_order_of_arrival(telegram, start):
-    bot = start(MAX_PROCESSES=1)
+@bot_with(MAX_PROCESSES=1)
+def test_places_are_given_in_order_of_arrival(telegram, bot):
     threads = [30, 24, 27, 21, 29, 22]
     telegram.write("!wait go", thread=threads[0])
     bot.wait_prompt("!wait go")
@@ -3128,8 +3137,8 @@ CODE_LINES = [f"    call_{n}(x < {n}, '$a $b')  # || ==" + " " * (n % 3) for n i
 
 
 @pytest.mark.parametrize("rich", ["on", "off"])
-def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, start, rich):
-    bot = start(RICH_MESSAGES=rich)
+def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, make_bot, rich):
+    bot = make_bot(RICH_MESSAGES=rich).start()
     parts = recite(telegram, bot, "**Before**\n\n```python\n" + "\n".join(CODE_LINES) + "\n```\n\nAfter $5 and $6.")
     assert max(map(len, parts)) <= {"on": 32768, "off": 4096}[rich] and len(parts) > 1
     code = []
@@ -3241,8 +3250,8 @@ def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
     assert choice == ({"configId": "llm", "value": long} if by_option else {"modelId": long})
 
 
-def test_a_model_that_has_vanished_falls_back_to_auto(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_a_model_that_has_vanished_falls_back_to_auto(telegram, bot):
     ask(telegram, "/model claude-haiku-4.5")
     bot.wait_agents(0)
     bot.habits(models=["auto", "other"])
@@ -3292,8 +3301,8 @@ def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, bot):
     telegram.write("!say Before.\n!tool execute Running: make all\n!wait gate\n!tool_done\n"
                    "!say Between.\\n\n!tool read x\n!tool_done\n!say After.", thread=7)
     assert "Before." in telegram.wait_for(DRAFT, containing="Running: make all", thread=7).text
@@ -3566,8 +3575,8 @@ TURNS = [
 ]
 
 
-def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4).hurry(**SOON_ENDED).start()
+@bot_with(SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4)
+def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(telegram, bot):
     threads = range(1, len(TURNS) + 1)
     for thread, (script, _, _, texts) in zip(threads, TURNS):
         telegram.write(script, thread=thread)
@@ -3582,8 +3591,8 @@ def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(tel
     nothing_stays(bot)
 
 
-def test_ask_again_after_a_crash_asks_once(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_ask_again_after_a_crash_asks_once(telegram, bot):
     text = "!say half\n!exit 1\n"
     card = tell(telegram, text, 7, "half", "⚠️ Kiro has exited")
     for _ in range(3):  # three presses in a row are one
@@ -3598,7 +3607,7 @@ def test_ask_again_after_a_crash_asks_once(telegram, start):
     nothing_stays(bot)
 
 
-def test_a_missing_kiro_is_told_and_found_again(telegram, start, make_bot):
+def test_a_missing_kiro_is_told_and_found_again(telegram, make_bot):
     bot = make_bot(WARM_SECONDS=0, MAX_PROCESSES=1, KIRO_COMMAND="./kiro acp")
     program, away = bot.folder / "kiro", bot.folder / "away"
     program.write_text(f"#!/bin/sh\nexec {KIRO_COMMAND}\n")
@@ -3628,8 +3637,8 @@ TRANSIENT = [
 ]
 
 
-def test_trouble_at_load_does_not_throw_a_session_away(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1).hurry(**SOON_STARTED).start()
+@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     session = session_id(bot, 7)
     for habits in TRANSIENT:
@@ -3642,8 +3651,8 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, make_bot):
     nothing_stays(bot)
 
 
-def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1).hurry(**SOON_STARTED).start()
+@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     ways = ["error", "exit", "hang", "accept"]
     for thread, way in enumerate(ways, 1):
         tell(telegram, "hello", thread, "echo: hello")
@@ -3664,8 +3673,8 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, make_bot):
     nothing_stays(bot)
 
 
-def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     bot.wait_agents(0)
     dead = subprocess.Popen(["true"])
@@ -3689,8 +3698,8 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     nothing_stays(bot)
 
 
-def test_a_lock_that_names_nobody_is_removed(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_a_lock_that_names_nobody_is_removed(telegram, bot):
     telegram.write("one", thread=7)
     telegram.answer("echo: one", thread=7)
     bot.wait_agents(0)
@@ -3701,8 +3710,8 @@ def test_a_lock_that_names_nobody_is_removed(telegram, start):
     telegram.answer("echo: two", thread=7)
 
 
-def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, bot):
     bot.habits(slow_exit=0.4, two_processes=True)
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "!recall", 7, "2 before: hello")
@@ -3712,8 +3721,8 @@ def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram,
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_orphans_of_a_killed_bot_free_their_session(telegram, make_bot, stubborn):
-    bot = make_bot(WARM_SECONDS=0).hurry(**SOON_ENDED).start()
+@bot_with(SOON_ENDED, WARM_SECONDS=0)
+def test_orphans_of_a_killed_bot_free_their_session(telegram, bot, stubborn):
     bot.habits(two_processes=True, ignore_stdin_end=stubborn, ignore_term=stubborn)
     telegram.write("!say half\n!wait never", thread=7)
     bot.wait_wire("out", when=lambda entry: "half" in str(entry["frame"]))
@@ -3751,9 +3760,9 @@ STARTS = [
 ]
 
 
-def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, make_bot):
+@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5)
+def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, bot):
     """Stdin's end, then TERM, then KILL; and a cancel that is ignored. Meanwhile, whatever keeps Kiro from starting."""
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5).hurry(**SOON_STARTED, **SOON_ENDED).start()
     bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
     tell(telegram, "!spawn setsid pipes\n!say the end", 101, "the end")
     answered = time.monotonic()
@@ -3776,8 +3785,8 @@ def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegr
     nothing_stays(bot)
 
 
-def test_a_deaf_kiro_blocks_nobody(telegram, start):
-    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_a_deaf_kiro_blocks_nobody(telegram, bot):
     bot.habits(new={"deaf": True})
     telegram.send_file("photo", png() + bytes(3_000_000), thread=1, caption="look")
     wait_until(lambda: bot.wire("in", "session/new"))
@@ -3803,8 +3812,8 @@ def warm_one(bot, thread):
     return load["pid"]
 
 
-def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, start):
-    bot = start(SILENCE_SECONDS=1, MAX_PROCESSES=10)
+@bot_with(SILENCE_SECONDS=1, MAX_PROCESSES=10)
+def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bot):
     tell(telegram, "hello", 1, "echo: hello")
     os.kill(warm_one(bot, 1), signal.SIGKILL)
     tell(telegram, "!recall", 1, "2 before: hello")
@@ -3826,16 +3835,10 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, st
     assert not telegram.find(containing="⚠️")
 
 
-def start_with_habits(start, **habits):
-    """Start a bot without warm processes, whose agents have these habits."""
-    bot = start(WARM_SECONDS=0, SILENCE_SECONDS=1)
-    bot.habits(**habits)
-    return bot
-
-
 @pytest.mark.parametrize("dialect", ["config", "none"])
-def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
-    bot = start_with_habits(start, dialect=dialect, forget_model=True)
+@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_models_are_set_in_the_dialect_that_is_spoken(telegram, bot, dialect):
+    bot.habits(dialect=dialect, forget_model=True)
     telegram.write("hello", thread=7)
     telegram.answer("echo: hello", thread=7)
     if dialect == "none":
@@ -3848,8 +3851,8 @@ def test_models_are_set_in_the_dialect_that_is_spoken(telegram, start, dialect):
     assert len(set(setters)) == 1
 
 
-def test_a_model_that_kiro_does_not_take_is_told(telegram, start):
-    bot = start_with_habits(start)
+@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
+def test_a_model_that_kiro_does_not_take_is_told(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
     bot.habits(set_model={"hang": True})
@@ -3865,8 +3868,8 @@ def test_a_model_that_kiro_does_not_take_is_told(telegram, start):
     nothing_stays(bot)
 
 
-def test_an_agent_that_loads_late_or_never_keeps_the_conversation_straight(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_an_agent_that_loads_late_or_never_keeps_the_conversation_straight(telegram, bot):
     bot.habits(replay="after")
     tell(telegram, "hello", 1, "echo: hello")
     assert tell(telegram, "again", 1, "echo:").text == "echo: again"
@@ -3878,8 +3881,8 @@ def test_an_agent_that_loads_late_or_never_keeps_the_conversation_straight(teleg
     nothing_stays(bot)
 
 
-def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, start):
-    bot = start(WARM_SECONDS=0)
+@bot_with(WARM_SECONDS=0)
+def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, bot):
     telegram.write("!ask Running: make", thread=7)
     question = telegram.answer("make", thread=7)
     os.kill(bot.wire("in", "session/prompt")[0]["pid"], signal.SIGKILL)
@@ -3910,14 +3913,9 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bo
 # The tests: Telegram's faults
 # ---------------------------------------------------------------------------------------------------------
 
+# Pauses that are a hundredth of the real ones, so that an outage of a second is one of minutes.
 HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=0.1, FLOOD_SECONDS=0.3, TIMEOUT=(1, 0.3),
              JOURNAL_RETRY_SECONDS=0.3)
-
-
-@pytest.fixture
-def hasty(make_bot):
-    """Makes bots whose pauses are a hundredth of the real ones, so that an outage of a second is one of minutes."""
-    return lambda **settings: make_bot(**settings).hurry(**HASTY)
 
 
 @pytest.fixture(scope="session")
@@ -3948,8 +3946,8 @@ def test_the_bot_that_is_thrown_out_backs_off_from_now_on(thrown_out):
     assert bot.running()
 
 
-def test_an_outage_delays_messages_and_loses_none(telegram, hasty):
-    bot = hasty().start()
+@bot_with(HASTY)
+def test_an_outage_delays_messages_and_loses_none(telegram, bot):
     telegram.write("!wait gate\n!say first", thread=7)
     bot.wait_prompt("first")
     telegram.outage()
@@ -3965,8 +3963,8 @@ def test_an_outage_delays_messages_and_loses_none(telegram, hasty):
     assert len(bot.prompts()) == 3
 
 
-def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, hasty):
-    bot = hasty().start()
+@bot_with(HASTY)
+def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, bot):
     for method in ("getUpdates", "sendMessageDraft", "sendMessage", "sendRichMessage"):
         telegram.fault(method, drop="before")
         telegram.fault(method, status=502, html=True)
@@ -4003,8 +4001,8 @@ def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
     telegram.answer("Session", user=BOB, thread=7)
 
 
-def test_a_429_is_no_refusal_of_the_format(telegram, hasty):
-    hasty().start()
+@bot_with(HASTY)
+def test_a_429_is_no_refusal_of_the_format(telegram, bot):
     telegram.fault("sendRichMessage", status=429, retry_after=1)
     telegram.fault("sendRichMessage", status=429)
     telegram.fault("sendMessage", status=429)
@@ -4017,18 +4015,17 @@ def test_a_429_is_no_refusal_of_the_format(telegram, hasty):
     assert telegram.texts() == ["**rich**", "plain"]
 
 
-def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(telegram, hasty):
+def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(telegram, make_bot):
     telegram.fault("getUpdates", status=429, retry_after=1)
     telegram.fault("getUpdates", status=429)
-    hasty().start()
+    make_bot().hurry(**HASTY).start()
     telegram.write("!say hello", thread=7)
     telegram.answer("hello", thread=7)
     first, second, third = telegram.find("getUpdates", ok=None)[:3]
     assert second.time - first.time >= 1 and third.time - second.time >= 0.3
 
 
-def test_what_telegram_refuses_as_rich_goes_plain(telegram, start):
-    start()
+def test_what_telegram_refuses_as_rich_goes_plain(telegram, bot):
     telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_WHATEVER")
     telegram.fault("sendRichMessage", status=404, description="Not Found: method not found")
     for text in ("**refused**", "**unknown**", "**known to be unknown**"):
@@ -4037,9 +4034,8 @@ def test_what_telegram_refuses_as_rich_goes_plain(telegram, start):
     assert len(telegram.find("sendRichMessage", ok=None)) == 2
 
 
-def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the_topic(telegram, start):
+def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the_topic(telegram, bot):
     """A refusal that nobody has foreseen, such as that of a topic that was closed."""
-    bot = start()
     refused = telegram.fault("sendMessage", status=400, description="Bad Request: TOPIC_CLOSED", times=None)
     telegram.write("!say hello", thread=7)
     wait_until(lambda: refused.hits, 5)
@@ -4086,7 +4082,8 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
     telegram.answer("couldn't read", user=ALICE)
 
 
-def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, quick):
+@bot_with(QUICK)
+def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, bot):
     telegram.write("!say begun\n!silence", thread=7)
     draft = telegram.wait_for(DRAFT, containing="begun")
     telegram.deliver(stopped_message_generation={"chat": telegram.chats[ALICE["id"]], "message_thread_id": 7,
@@ -4117,8 +4114,8 @@ def test_a_hundred_messages_at_once_are_all_answered_in_their_order(telegram, bo
     assert sorted(asked) == sorted(f"<{number}>" for number in range(120))
 
 
-def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, hasty):
-    hasty().start()
+@bot_with(HASTY)
+def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, bot):
     telegram.fault("sendMessage", drop="after")
     telegram.write("!say cut off", thread=7)
     telegram.answer("cut off", thread=7, count=2)
@@ -4130,8 +4127,8 @@ def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, hasty)
     assert telegram.texts() == ["cut off"] * 2 + ["too late"] * 2 + ["next"]
 
 
-def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, hasty):
-    bot = hasty()
+def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, make_bot):
+    bot = make_bot().hurry(**HASTY)
     telegram.fault("getUpdates", status=409, times=3)
     bot.start()
     telegram.write("!say hello", thread=7)
@@ -4252,8 +4249,8 @@ def test_a_card_that_could_not_be_sent_comes_once_it_can(telegram, bot):
     assert times_said(telegram, "I was interrupted") == 1
 
 
-def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
     telegram.write("!say the first half\n!silence", thread=7)
     telegram.wait_for(DRAFT, containing="the first half")
     waits = telegram.write("!say waiting", thread=7)
@@ -4319,8 +4316,8 @@ def full_disk(bot):
         resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE, limits)
 
 
-def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram, hasty):
-    bot = hasty().start()
+@bot_with(HASTY)
+def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram, bot):
     telegram.write("!wait gate\n!say finished", thread=7)
     bot.wait_prompt("finished")
     with full_disk(bot):
@@ -4333,8 +4330,8 @@ def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram,
     assert times_said(telegram, "finished") == 1 and len(bot.prompts()) == 2
 
 
-def test_what_failed_on_a_full_disk_can_be_asked_again(telegram, hasty):
-    bot = hasty().start()
+@bot_with(HASTY)
+def test_what_failed_on_a_full_disk_can_be_asked_again(telegram, bot):
     telegram.write("!wait gate\n!error -32603 no space left", thread=7)
     bot.wait_prompt("no space left")
     with full_disk(bot):
@@ -4344,8 +4341,8 @@ def test_what_failed_on_a_full_disk_can_be_asked_again(telegram, hasty):
     telegram.answer("no space left", thread=7, count=2, timeout=3)
 
 
-def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, hasty):
-    bot = hasty().start()
+@bot_with(HASTY)
+def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, bot):
     telegram.write("!silence\n!say cut off", thread=7)
     bot.wait_prompt("cut off")
     bot.kill()
@@ -4405,8 +4402,8 @@ def test_a_stranger_is_told_their_id_once(telegram, bot):
     assert row_of(bot)["model"] == "auto" and len(bot.database()) == 1
 
 
-def test_nobody_is_allowed_by_an_empty_list(telegram, start):
-    bot = start(ALLOWED_TELEGRAM_IDS="")
+@bot_with(ALLOWED_TELEGRAM_IDS="")
+def test_nobody_is_allowed_by_an_empty_list(telegram, bot):
     for user in (ALICE, BOB):
         assert str(user["id"]) in ask(telegram, "hello", None, user=user)
     assert not bot.wire()
@@ -4473,8 +4470,8 @@ def test_presses_that_were_forged_do_nothing(telegram, bot):
     telegram.answer("bob's", user=BOB)
 
 
-def test_the_token_is_nowhere(telegram, hasty):
-    bot, secret = hasty(LOG_LEVEL="DEBUG", BOT_TOKEN=None), TOKEN.partition(":")[2]
+def test_the_token_is_nowhere(telegram, make_bot):
+    bot, secret = make_bot(LOG_LEVEL="DEBUG", BOT_TOKEN=None).hurry(**HASTY), TOKEN.partition(":")[2]
     own = bot.environment()
     bot.environment = lambda: {**own, "BOT_TOKEN": TOKEN, "COPY": f"the token is {TOKEN}"}
     bot.start()
@@ -4847,8 +4844,8 @@ def test_hostile_texts_take_no_time(piece):
     assert time.process_time() - begun < 2
 
 
-def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_drafts_never_show_a_tag_that_arrives_in_pieces(telegram, bot):
     for user, text in ((ALICE, "Draft one <send_fi"), (BOB, "Draft two " + tag("x", "the caption")[:-3])):
         telegram.write(f"!say {text}\n!wait gate\n!say rest", user=user, thread=7)
     for user, text in ((ALICE, "Draft one"), (BOB, "Draft two")):
@@ -4979,8 +4976,8 @@ k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"),
 """
 
 
-def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, start, tmp_path):
-    start(KIRO_COMMAND=patched_kiro(tmp_path, ODD_OPTIONS))
+def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, make_bot, tmp_path):
+    make_bot(KIRO_COMMAND=patched_kiro(tmp_path, ODD_OPTIONS)).start()
     telegram.write("!ask Running: something harmless", thread=7)
     asked = question(telegram, "rm -rf ~")
     assert "Clean up" in asked.text and len(telegram.buttons(asked)) == 2
@@ -4994,8 +4991,8 @@ NO_AND_ALWAYS = ("k.Turn.options = lambda self: [dict(optionId='n', name='No', k
 
 
 @pytest.mark.parametrize("code, kind", [("pass", "allow_once"), (NO_AND_ALWAYS, "allow_always"), (ONLY_NO, "cancelled")])
-def test_allow_mode_allows_by_kind(telegram, start, tmp_path, code, kind):
-    bot = start(TOOL_APPROVAL="allow", KIRO_COMMAND=patched_kiro(tmp_path, code))
+def test_allow_mode_allows_by_kind(telegram, make_bot, tmp_path, code, kind):
+    bot = make_bot(TOOL_APPROVAL="allow", KIRO_COMMAND=patched_kiro(tmp_path, code)).start()
     bot.habits(permission_ids="hyphens")
     telegram.write("!ask Running: make", thread=7)
     telegram.answer(f"permission: {kind}", thread=7)
@@ -5048,8 +5045,8 @@ def test_an_edit_into_a_command_leaves_the_question_as_it_was(telegram, bot):
     telegram.answer("echo: an important question", thread=7)
 
 
-def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, make_bot):
-    bot = make_bot().hurry(SAY_SECONDS=0.5).start()
+@bot_with(dict(SAY_SECONDS=0.5))
+def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, bot):
     telegram.write("/new", thread=7)
     telegram.answer("new session", thread=7)
     telegram.fault("sendMessage", status=429, retry_after=30)
@@ -5102,8 +5099,8 @@ def test_a_check_says_what_is_wrong(make_bot, trouble, told):
     assert told in result.stdout and "Traceback" not in result.stderr
 
 
-def test_a_check_names_stale_locks_and_leaves_them(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0).start()
+@bot_with(WARM_SECONDS=0)
+def test_a_check_names_stale_locks_and_leaves_them(telegram, bot):
     telegram.write("!say a word\n!kill")
     telegram.answer("Kiro has exited")
     bot.stop()
@@ -5128,8 +5125,8 @@ def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
     assert bot.database("SELECT user_id, thread_id FROM sessions") == [{"user_id": 0, "thread_id": 0}]
 
 
-def test_the_console_leaves_a_running_bot_alone(telegram, quick):
-    bot = quick
+@bot_with(QUICK)
+def test_the_console_leaves_a_running_bot_alone(telegram, bot):
     telegram.write("!say working\n!wait go", thread=7)
     telegram.wait_for("sendMessageDraft", containing="working", thread=7)
     assert "echo: from the console" in bot.run("--console", input="from the console\n").stdout
