@@ -271,6 +271,8 @@ class Poll:
         """Poll until the bot closes.  The next poll's offset is what tells Telegram that a batch was received [tg 5.5]."""
         offset, failures, conflicts = None, 0, 0
         while not self._bot.closing.is_set():
+            for conversation in self._bot.conversations():
+                conversation.nudge()
             try:
                 updates = self._fetch(offset)
                 offset = self._take(updates) or offset
@@ -544,9 +546,9 @@ class Bot:
             if len(mine) == 1:
                 try:
                     threading.Thread(target=self._run_errands, args=(key, mine), name="errand", daemon=True).start()
-                except RuntimeError:       # no thread to be had: the next one of this key tries again
+                except RuntimeError as error:      # no thread to be had: the caller must not suffer for it
                     del self._errands[key]
-                    raise
+                    log.error("Not said: %s", error)
 
     def _run_errands(self, key: Any, mine: deque[Callable[[], Any]]) -> None:
         while True:
@@ -609,8 +611,8 @@ class Bot:
         """Within two seconds: cancel and end of stdin for all children, TERM, KILL; keep what was said for the cards."""
         self.closing.set()
         began = time.monotonic()
-        with self.spawning:
-            pass                               # whoever was starting a process has listed it
+        if self.spawning.acquire(timeout=0.5):  # whoever was starting a process has listed it, unless the disk hangs
+            self.spawning.release()
         for kiro in list(self.processes):
             kiro.cancel()
             kiro.end(patience=None)
@@ -620,8 +622,11 @@ class Bot:
             for kiro in list(self.processes) if signal_number else ():
                 kiro.signal(signal_number, leftovers=True)
         keeper = threading.Thread(target=self._keep_partials, name="keeper", daemon=True)
-        keeper.start()                         # the database may be locked by somebody for longer than we have
-        keeper.join(max(0.1, began + 1.9 - time.monotonic()))
+        try:
+            keeper.start()                     # the database may be locked by somebody for longer than we have
+            keeper.join(max(0.1, began + 1.9 - time.monotonic()))
+        except RuntimeError:                   # no thread to be had
+            self._keep_partials()
 
     def _keep_partials(self) -> None:
         for conversation in self.conversations():
@@ -743,9 +748,9 @@ class Commands:
 
     def _again(self, press: types.CallbackQuery, turn_id: int) -> None:
         rows = self._bot.store.ask_again(turn_id) if self._may_settle(press, turn_id) else []
-        self._toast(press, "Asking again" if rows else OVER)
         for row in rows:
             self.route(Incoming.from_journal(row))
+        self._toast(press, "Asking again" if rows else OVER)
         self._settle(press, "Asked again." if rows else OVER)
 
     def _drop(self, press: types.CallbackQuery, turn_id: int) -> None:
@@ -1121,7 +1126,10 @@ class Link:
         kiro = self._start()
         self._initialize(kiro)
         self._new_session(kiro)
-        self._apply_model(kiro)
+        try:
+            self._apply_model(kiro)
+        except Stopped:                   # too late: the session is the thread's
+            pass
         return kiro
 
     def _initialize(self, kiro: Kiro) -> None:
@@ -1263,10 +1271,7 @@ class Link:
         session_id = result.get("sessionId")
         if not isinstance(session_id, str) or not session_id:
             raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
-        model = self._store.get_model(*self._key)      # it may have been chosen meanwhile
-        self._store.upsert_session(*self._key, session_id, kiro.workspace)
-        if model != "auto":
-            self._store.set_model(*self._key, model)
+        self._store.upsert_session(*self._key, session_id, kiro.workspace, keep_model=True)
         self._conversation.context, self._conversation.context_told = None, False
         self._opened(kiro, session_id, result)
 
@@ -1383,6 +1388,12 @@ class Conversation:
         if first_to_wait:
             self.bot.errand(self.key, self.chat.react, incoming.message.message_id, SEEN)
 
+    def nudge(self) -> None:
+        """Start the thread that could not be started when a message came."""
+        with self.lock:
+            if self.waiting or self.unfinished:
+                self._start()
+
     def first_arrival(self) -> float:
         """Return when the message came that is being served."""
         with self.lock:
@@ -1412,8 +1423,11 @@ class Conversation:
         if self.waiting and self.turn is None:
             self.turn = Turn()
         if not self._running:
-            threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
-            self._running = True       # not before: when there is no thread to be had, the next message tries again
+            try:
+                threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
+                self._running = True
+            except RuntimeError as error:  # no thread to be had: the next poll tries again
+                log.error("Conversation %s/%s has to wait: %s", self.user_id, self.thread_id, error)
 
     def edit(self, incoming: Incoming) -> bool:
         """Replace a waiting message by its edited version; return False when Kiro already has it as it was."""
@@ -1530,6 +1544,10 @@ class Conversation:
                 self._step()
         except Closing:
             pass
+        except BaseException:              # a bug in what deals with bugs: the next message gets another thread
+            with self.lock:
+                self._running = False
+            raise
 
     def _has_work(self) -> bool:
         """Is there a reason for this thread to go on?  If not, it counts as gone from here on: `_start` makes another."""
@@ -1933,6 +1951,15 @@ class Conversation:
                 self.wait(until)
         raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
 
+    def _journal_done(self, incoming: Incoming) -> None:
+        """Commit that a job is done, which would be done again at the next start."""
+        for _ in range(JOURNAL_TRIES):
+            try:
+                return self.store.done(incoming.update_id)
+            except StoreError as error:
+                log.error("The end of /%s can't be journaled: %s", incoming.command, error)
+            self._rest(JOURNAL_RETRY_SECONDS)
+
     def _listen(self, kiro: Kiro, turn: Turn) -> str:
         """Send the prompt and hear Kiro out.  The response ends the turn [acp 3.4]."""
         command = turn.messages[0].command if turn.messages else ""
@@ -2011,8 +2038,9 @@ class Conversation:
     def _conclude(self, turn: Turn, remark: str, offer: bool) -> None:
         """Journal the answer, then send it part by part."""
         turn.ended = True
+        self._refuse_all("the turn is over")
         self.credits = turn.credits
-        self._make_room()
+        self.link.let_go()                     # a stop may have left it; Telegram may keep us for hours
         parts = self._answer_parts(turn, remark, offer)
         try:
             if turn.turn_id is None:
@@ -2032,11 +2060,6 @@ class Conversation:
         """Return the waiting messages that a turn ends without Kiro: a stop means those that were there."""
         batch = self._batch()
         return batch if turn.stop_at is None else batch[:max(turn.caught, 1)]
-
-    def _make_room(self) -> None:
-        """Telegram may keep us waiting now: somebody else can use the place meanwhile."""
-        if self.places.in_demand():
-            self.link.let_go()
 
     def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> list[dict]:
         """Return the lasting messages of the answer: notes, text, files, remarks."""
@@ -2147,26 +2170,31 @@ class Conversation:
 
     def _serve_job(self, turn: Turn, incoming: Incoming) -> None:
         """Do what is no prompt: /new, and /model when Kiro has to be asked."""
-        job = self._serve_new if incoming.command == "new" else self._serve_model
+        job, rest = (self._serve_new, incoming.argument) if incoming.command == "new" else (self._serve_model, "")
+        done = False
         try:
             text, buttons = job(turn, incoming)
+            done = turn.stop_at is None
         except Stopped:
             text, buttons = "⏹ Stopped.", None
         except KiroFailure as failure:
             self.link.let_go(at_once=True)
             text, buttons = f"⚠️ {failure}{self.advice(failure)}", None
+        if rest and not done:
+            text += "\nThe rest of your message was not sent to Kiro."
         turn.ended = True
-        self._make_room()
+        if self.places.in_demand():            # Telegram may keep us waiting now
+            self.link.let_go()
         notes, self._notes = self._notes, []
         try:
             self.chat.say("\n".join([*notes, text]), buttons)
         except (Refused, Unreachable) as error:    # it is done all the same: /new must not be done again at the next start
             log.error("What became of /%s of %s/%s can't be said: %s", incoming.command, self.user_id, self.thread_id, error)
-        if incoming.command == "new" and incoming.argument:      # "/new do this": the rest is a message
-            incoming.command, incoming.message.text = "", incoming.argument
+        if rest and done:                      # "/new do this": the rest is a message
+            incoming.command, incoming.message.text = "", rest
             with self.lock:
                 return self.waiting.appendleft(incoming)
-        self.store.done(incoming.update_id)
+        self._journal_done(incoming)
 
     def _serve_new(self, turn: Turn, incoming: Incoming) -> tuple[str, None]:
         """Make a session now, not with the next message; return a text and no buttons."""
@@ -2702,8 +2730,13 @@ class Kiro:
         with self._lock:
             enforce = patience is not None and (not self._ending or patience == 0)
             self._ending = self._ending or enforce
-        if enforce:
+        if not enforce:
+            return
+        try:
             threading.Thread(target=self._enforce_end, args=(patience,), name=f"ender of {self.pid}", daemon=True).start()
+        except RuntimeError as error:    # no thread to be had, and nobody will come back to it
+            log.error("Kiro %s is ended at once: %s", self.pid, error)
+            self.signal(signal.SIGKILL)
 
     def _enforce_end(self, patience: float) -> None:
         if self.gone.wait(patience):
@@ -2940,7 +2973,16 @@ def _stat(pid: int) -> list[bytes]:
 
 def is_running(pid: int) -> bool:
     """Does the process exist, and not as a zombie?"""
-    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
+    state = _stat(pid)[:1]
+    if state or pid <= 0:        # 0 and less name groups
+        return state not in ([], [b"Z"], [b"X"])
+    try:
+        os.kill(pid, 0)          # there may be no descriptor to be had for /proc
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:      # somebody else's
+        pass
+    return True
 
 
 def started(pid: int) -> str:
@@ -2961,7 +3003,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
 
 
-def related_processes(mark: str, group: int = 0) -> list[int]:
+def related_processes(mark: str, group: int = -1) -> list[int]:
     """Return the running processes that carry the process mark in their environment, or are of the process group."""
     needle, pgrp = f"{PROCESS_MARK}={mark}".encode(), str(group).encode()
     try:
@@ -3798,7 +3840,6 @@ def kiro_version(settings: Settings) -> str:
         raise StartError(f"KIRO_COMMAND: {program} can't be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         raise StartError(f"KIRO_COMMAND: {program} --version does not answer; try it in a terminal") from error
     return f"{said.strip() or 'of unknown version'} ({program})"
 

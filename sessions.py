@@ -76,7 +76,7 @@ UPSERT_SESSION = """
 INSERT INTO sessions (user_id, thread_id, session_id, workspace_path, model, created_at, updated_at)
 VALUES (:user, :thread, :session, :path, 'auto', :now, :now)
 ON CONFLICT (user_id, thread_id) DO UPDATE SET
-    session_id = :session, workspace_path = :path, model = 'auto', updated_at = :now
+    session_id = :session, workspace_path = :path, model = CASE WHEN :keep THEN model ELSE 'auto' END, updated_at = :now
 """
 SET_MODEL = "UPDATE sessions SET model = ? WHERE user_id = ? AND thread_id = ?"
 DELETE_SESSION = "DELETE FROM sessions WHERE user_id = ? AND thread_id = ?"
@@ -90,7 +90,7 @@ PURGE_FACTS = "DELETE FROM session_facts WHERE session_id NOT IN (SELECT session
 RECEIVE = """
 INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)
 """
-EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ? AND state = 'waiting'"
+EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ? AND state IN ('waiting', 'offered')"
 MESSAGES = "SELECT update_id, user_id, thread_id, message_id, body FROM inbox"
 WAITING = MESSAGES + " WHERE state = 'waiting' ORDER BY id"
 OF_TURN = MESSAGES + " WHERE turn_id = ? ORDER BY id"
@@ -206,9 +206,11 @@ class SessionStore:
             row = db.execute(GET_SESSION, (user_id, thread_id)).fetchone()
         return SessionRecord(*row) if row else None
 
-    def upsert_session(self, user_id: int, thread_id: int, session_id: str, workspace_path: str) -> None:
-        """Give the thread this session; a new session starts at model `auto`."""
-        row = {"user": user_id, "thread": thread_id, "session": session_id, "path": workspace_path, "now": utc_now()}
+    def upsert_session(self, user_id: int, thread_id: int, session_id: str, workspace_path: str,
+                       keep_model: bool = False) -> None:
+        """Give the thread this session; a new session starts at model `auto`, unless the thread's model is to be kept."""
+        row = {"user": user_id, "thread": thread_id, "session": session_id, "path": workspace_path, "now": utc_now(),
+               "keep": keep_model}
         with self._transaction() as db:
             db.execute(UPSERT_SESSION, row)
 

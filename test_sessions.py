@@ -2697,6 +2697,9 @@ def test_a_new_session_keeps_created_at_and_starts_at_auto(store, tmp_path):
     store.upsert_session(1, 2, "new", "/new")
     [(*record, again, later)] = rows(tmp_path / "tg-acp.db")
     assert record == [1, 2, "new", "/new", "auto"] and again == created and later > updated
+    store.set_model(1, 2, "claude")
+    store.upsert_session(1, 2, "newer", "/new", keep_model=True)
+    assert store.get_session(1, 2) == (1, 2, "newer", "/new", "claude")
 
 
 def test_a_store_is_closed_at_the_end_of_its_block(tmp_path):
@@ -5043,6 +5046,45 @@ def test_an_edit_into_a_command_leaves_the_question_as_it_was(telegram, bot):
     bot.habits()
     bot.start()
     telegram.answer("echo: an important question", thread=7)
+
+
+def test_what_follows_new_goes_to_a_new_session_or_nowhere(telegram, bot):
+    ask(telegram, "hello")
+    bot.habits(new={"error": -32603, "data": "no way"})
+    assert ask(telegram, "/new do this").endswith("The rest of your message was not sent to Kiro.")
+    bot.habits(new={"gate": "go"})
+    telegram.write("/new do that", thread=7)
+    bot.wait_wire("in", "session/new", count=3)
+    telegram.write("/stop", thread=7)
+    telegram.answer("⏹ Stopped.\nThe rest of your message was not sent to Kiro.", thread=7)
+    bot.habits()
+    bot.open_gate("go")
+    goes_on(telegram, 7)
+    assert not [prompt for prompt in bot.prompts() if "do th" in prompt]
+
+
+def test_a_new_session_that_was_stopped_too_late_has_begun(telegram, bot):
+    ask(telegram, "hello")
+    ask(telegram, "/model claude-haiku-4.5")
+    old = row_of(bot)["session_id"]
+    bot.habits(set_model={"gate": "go"})
+    telegram.write("/new", thread=7)
+    bot.wait_wire("in", "session/set_model", count=2)
+    telegram.write("/stop", thread=7)
+    telegram.answer("✨ A new session has begun.", thread=7)
+    assert row_of(bot)["session_id"] != old
+    bot.open_gate("go")
+
+
+def test_what_is_offered_again_may_be_edited_first(telegram, bot):
+    message = telegram.write("!error -32603 no way", thread=7)
+    failed = telegram.answer("no way", thread=7)
+    bot.wait_log("Turn of 1001/7")
+    telegram.edit(message, "a way")
+    after = telegram.write("/help", thread=8)
+    telegram.wait_until(lambda: telegram.is_acknowledged(after))
+    telegram.press(failed, "Ask again")
+    telegram.answer("echo: a way", thread=7)
 
 
 @bot_with(dict(SAY_SECONDS=0.5))
