@@ -815,7 +815,7 @@ SPLIT_TEXT_LENGTH = 4000        # clients split a pasted text at 4096
 KEEP_ALIVE_SECONDS = 20         # a draft lives for 30 seconds [tg 1.1]
 INITIALIZE_SECONDS = 30         # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
 SESSION_SECONDS = 90
-MISSING_SECONDS = 10            # for the load of a session whose file is missing; some versions never answer that
+MISSING_SECONDS = 10            # for the load of a session whose file is missing or empty; some versions never answer that
 MODEL_SECONDS = 5
 LOCK_SECONDS = 15
 DEAF_SECONDS = 20               # for a request to be read from the pipe
@@ -837,6 +837,7 @@ QUESTION_LIMIT = 20_000           # UTF-16 units; room for the outcome must rema
 SEEN = "👀"
 HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
                 "The folder is as it was.")
+NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
                 "refusal": "ℹ️ Kiro declined to go on (refusal).",
                 "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
@@ -1243,12 +1244,12 @@ class Link:
         """Load the thread's session, or make one."""
         record = self._store.get_session(*self._key)
         had_history = bool(record) and self._store.get_facts(record.session_id)[0]
-        if record is None:
+        if record is None or not had_history and is_empty(record.session_id):
             return self._new_session(kiro)
         if record.session_id == self._lost:
             self._new_session(kiro)
             if had_history:
-                self._conversation.note(HISTORY_GONE)
+                self._conversation.note(NOTHING_KEPT if is_empty(record.session_id) else HISTORY_GONE)
             return
         if not kiro.can_load:
             self._new_session(kiro)
@@ -1280,9 +1281,10 @@ class Link:
         self._await_former()
         params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
         limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
+        seconds = MISSING_SECONDS if missing or is_empty(record.session_id) else SESSION_SECONDS
         while True:
             try:
-                result = self.request(kiro, "session/load", params, MISSING_SECONDS if missing else SESSION_SECONDS)
+                result = self.request(kiro, "session/load", params, seconds)
                 break
             except KiroRefusal as refusal:
                 pid = lock_holder(str(refusal))
@@ -1365,6 +1367,7 @@ class Conversation:
         self.sending = False                    # a part is on its way, and not ticked off yet
         self._model_chosen = False              # and the warm process does not know yet
         self._notes: list[str] = []             # to be said with the next answer
+        self._noted: set[str] = set()           # subjects of which once is enough
         self._unsent: list[str] = []            # files that could not be sent, for Kiro to hear of
         self.context: Optional[float] = None    # percent, as Kiro told last
         self.credits: Optional[float] = None
@@ -1410,6 +1413,12 @@ class Conversation:
         """Say this with the next answer."""
         if text not in self._notes:
             self._notes.append(text)
+
+    def _note_once(self, subject: str, text: str) -> None:
+        """Say with the next answer what each new process would tell again."""
+        if subject not in self._noted:
+            self._noted.add(subject)
+            self.note(text)
 
     def finish_turn(self, turn: UnfinishedTurn) -> None:
         """Take on a turn that a former run has left behind."""
@@ -1724,10 +1733,16 @@ class Conversation:
             turn.trouble, turn.stale = str(params.get("message") or "Kiro is being rate-limited"), True
         elif name == "compaction/status":
             self._on_compaction(kiro, params.get("status"))
+        elif name == "clear/status":
+            self._on_forgotten(kiro)
         elif name == "agent/not_found":
-            self.note(f"Kiro has no agent {params.get('requestedAgent')!r} and uses {params.get('fallbackAgent')!r}.")
+            wanted, used = params.get("requestedAgent"), params.get("fallbackAgent")
+            self._note_once(name, f"Kiro has no agent {wanted!r} and uses {used!r}.")
+        elif name == "agent/config_error":
+            self._note_once(name, f"Kiro can't read an agent's configuration: {params.get('error') or json.dumps(params)}")
         elif name == "mcp/oauth_request":
-            self.note(f"The MCP server {params.get('serverName')} wants you to sign in: {params.get('oauthUrl')}")
+            server, address = params.get("serverName"), params.get("oauthUrl")
+            self._note_once(f"{name} {server}", f"The MCP server {server} wants you to sign in: {address}")
         elif name == "mcp/server_init_failure":
             log.warning("MCP server %s: %s", params.get("serverName"), params.get("error"))
 
@@ -1741,15 +1756,22 @@ class Conversation:
             self.turn.credits = sum(value for value in values if isinstance(value, (int, float)))
 
     def _on_compaction(self, kiro: Kiro, status: Any) -> None:
-        """After a compaction Kiro may have forgotten the tags."""
-        kind = status.get("type") if isinstance(status, dict) else status
-        if kind == "completed" and kiro.session_id:
-            self.context_told = False
-            kiro.lesson = ""
-            self._note_facts(kiro.session_id, taught=False)
+        """Kiro compacts the conversation, on /compact or by itself; a turn may say nothing else."""
+        kind, error = (status.get("type"), status.get("error")) if isinstance(status, dict) else (status, None)
+        if kind == "completed":
+            self._on_forgotten(kiro)
         if self.turn:
-            self.turn.trouble = "Compacting the conversation…" if kind == "started" else ""
+            failed = f"⚠️ The conversation could not be compacted: {error or 'Kiro does not say why'}"
+            self.turn.trouble = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
+                                 "failed": failed}.get(kind, "")
             self.turn.stale = True
+
+    def _on_forgotten(self, kiro: Kiro) -> None:
+        """Kiro may have forgotten the tags."""
+        self.context_told = False
+        kiro.lesson = ""
+        if kiro.session_id:
+            self._note_facts(kiro.session_id, taught=False)
 
     # -- drafts --------------------------------------------------------------------------------------------------------
 
@@ -1789,7 +1811,10 @@ class Conversation:
         for incoming in batch:
             if incoming.files is None:
                 incoming.files = self._download(kiro, incoming)
-        blocks = [{"type": "text", "text": join_texts(batch)}]
+        text = join_texts(batch)
+        if text.startswith("/"):               # a caption for one: no command, but Kiro would take it for one
+            text = f"[Message:]\n{text}"
+        blocks = [{"type": "text", "text": text}]
         if self._unsent:
             blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(self._unsent) + "]"})
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
@@ -1873,7 +1898,7 @@ class Conversation:
         text = str(failure)
         if NOT_LOGGED_IN.search(text):
             return "\nOn the server, as the bot's user: kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
-        if not isinstance(failure, KiroRefusal):
+        if not isinstance(failure, KiroRefusal) or PASSING.search(text):
             return ""
         same = re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
         self._refusals = [r for r in self._refusals if r == same] + [same]
@@ -2290,6 +2315,7 @@ the answer itself, outside of any code; the tag is not shown.]"""
 UPLOADS = "uploads"
 IMAGE_BYTES = 3_700_000         # of one image block [acp 7]
 IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
+IMAGES_AT_MOST = 10             # of a prompt [acp 7]
 IMAGE_EDGE = 2000               # pixels; larger images can poison a session [acp 4.6]
 NAME_LENGTH = 100               # bytes of a saved file's name
 DOWNLOAD_SECONDS = 15 * 60
@@ -2387,7 +2413,7 @@ def image_blocks(batch: list[Incoming]) -> list[dict]:
             data = file.read(IMAGE_BYTES + 1)
         mime_type = image_type(data)
         encoded = base64.b64encode(data).decode()
-        if mime_type and len(data) <= IMAGE_BYTES and len(encoded) <= room:
+        if mime_type and len(data) <= IMAGE_BYTES and len(encoded) <= room and len(blocks) < IMAGES_AT_MOST:
             room -= len(encoded)
             blocks.append({"type": "image", "mimeType": mime_type, "data": encoded})
     return blocks
@@ -2493,12 +2519,15 @@ END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
 TERM_SECONDS = 2                # from TERM to KILL
 LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to end after TERM, and after KILL
 FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
-NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired", re.I)
+NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired|AccessDenied",
+                           re.I)
+PASSING = re.compile(r"throttl|too ?many ?requests|usage limit|timed out", re.I)     # another session would not help [acp 4.5]
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
 LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
                   r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found",
                   re.I | re.S)
 RESOURCE_NOT_FOUND = -32002
+HISTORY = {"user_message_chunk", "agent_message_chunk", "agent_thought_chunk", "tool_call", "tool_call_update"}   # a replay's
 
 
 class Models(NamedTuple):
@@ -2629,7 +2658,7 @@ class Kiro:
     def can_load(self) -> bool:
         """Does the agent say that it can reload sessions?  Kiro does."""
         capabilities = (self.agent or {}).get("agentCapabilities")
-        return not isinstance(capabilities, dict) or capabilities.get("loadSession") is not False
+        return isinstance(capabilities, dict) and bool(capabilities.get("loadSession"))
 
     @property
     def takes_images(self) -> bool:
@@ -2691,7 +2720,8 @@ class Kiro:
         """What is said outside a turn is replay, and so is dropped here; extensions may come at any time."""
         if method != "session/update":
             return method.startswith("_kiro") and (not self.session_id or params.get("sessionId") in (None, self.session_id))
-        if not self.session_id:
+        update = params.get("update")
+        if not self.session_id and isinstance(update, dict) and update.get("sessionUpdate") in HISTORY:
             self.replayed_before_response = True
         return self.turn_open and params.get("sessionId") in (None, self.session_id)
 
@@ -2852,8 +2882,12 @@ def session_is_lost(failure: KiroFailure, session_id: str, had_history: bool) ->
 
     Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's missing file does.
     """
+    if NOT_LOGGED_IN.search(str(failure)):
+        return False
+    if is_empty(session_id):
+        return True
     path = session_file(session_id, "json")
-    if NOT_LOGGED_IN.search(str(failure)) or (path is not None and path.exists() and had_history):
+    if path is not None and path.exists() and had_history:
         return False
     if isinstance(failure, KiroRefusal) and (failure.code == RESOURCE_NOT_FOUND or LOST.search(str(failure))):
         return True
@@ -2864,6 +2898,15 @@ def is_missing(session_id: str) -> bool:
     """Is it plain to see that Kiro has no such session?  Not where its sessions are out of sight."""
     path = session_file(session_id, "json")
     return path is not None and path.parent.is_dir() and not path.exists()
+
+
+def is_empty(session_id: str) -> bool:
+    """Is it plain to see that Kiro kept nothing of the session?  Such a one need not load [acp 3.3]."""
+    path = session_file(session_id, "jsonl")
+    try:
+        return path is not None and not path.stat().st_size
+    except OSError:
+        return False
 
 
 def lock_holder(text: str) -> Optional[int]:
@@ -3031,6 +3074,7 @@ RETRY_DELAYS = (1, 2, 4, 8, 15, 30)
 GET_FILE_SECONDS = 60
 SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's own
 ANSWER_SECONDS = 24 * 3600      # and on a part of an answer; it stays in the journal after that
+TOO_LARGE = (413, 414)          # what a proxy says of a request; the same again would be refused too
 FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
 FLOOD_AT_MOST = 24 * 3600
 PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
@@ -3160,7 +3204,10 @@ class Telegram:
         except apihelper.ApiTelegramException as error:
             raise self._failure(error, chat) from None
         except apihelper.ApiHTTPException as error:
-            raise Unreachable(f"HTTP {error.result.status_code} without an answer of the Bot API") from None
+            status = error.result.status_code
+            if status in TOO_LARGE:
+                raise Refused(status, "too large for a proxy on the way") from None
+            raise Unreachable(f"HTTP {status} without an answer of the Bot API") from None
         except (apihelper.ApiException, requests.RequestException) as error:    # their texts hold the token
             raise Unreachable(type(error).__name__) from None
         except (urllib3.exceptions.HTTPError, KeyError, TypeError, ValueError) as error:   # an answer in no known form

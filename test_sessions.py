@@ -196,8 +196,8 @@ class Session:
         self.settings = {}
         self.turn = None  # the running one
 
-    def exists(self):
-        return os.path.exists(self.base + ".json")
+    def has_turns(self):
+        return all(os.path.exists(path) and os.path.getsize(path) for path in (self.base + ".json", self.base + ".jsonl"))
 
     def create(self, cwd):
         self.settings = {"session_id": self.id, "cwd": cwd, "created_at": now(),
@@ -216,11 +216,8 @@ class Session:
 
     def history(self):
         """The updates of all ended turns, as they are replayed."""
-        try:
-            with open(self.base + ".jsonl", "rb") as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
+        with open(self.base + ".jsonl", "rb") as file:
+            return [json.loads(line) for line in file]
 
     def remember(self, updates):
         with open(self.base + ".jsonl", "a") as file:
@@ -495,7 +492,7 @@ class Agent:
             raise Refusal(-32601, "Method not found", "session/load")
         session = Session(self.folder, field(params, "sessionId", str))
         cwd = self.checked_cwd(params)
-        if not session.exists() and not self.make_up(session, cwd):
+        if not session.has_turns() and not self.make_up(session, cwd):
             return
         self.hold(session)
         session.open()
@@ -511,7 +508,7 @@ class Agent:
         self.announce(session)
 
     def make_up(self, session, cwd):
-        """A session that is to be loaded but isn't there: True when the load goes on all the same."""
+        """A session that is to be loaded but isn't there, or empty: True when the load goes on all the same."""
         way = self.habits.get("unknown_session", "error")
         if way == "error":
             raise internal_error(f"Failed to load session: no session with id {session.id}")
@@ -632,6 +629,8 @@ def check_prompt(blocks, images_taken):
             check_image(block)
         else:
             raise Violation(f"prompt: a block of type {kind} is not taken")
+    if len([block for block in blocks if block["type"] == "image"]) > 10:
+        raise Violation("prompt: more than 10 images")
 
 
 def check_image(block):
@@ -755,7 +754,8 @@ class Turn:
     def reply_to(self, text):
         if text.startswith("/compact"):
             self.do_compaction("")
-            self.say("Compacted.")
+        elif text.startswith("/clear"):
+            self.notify("clear/status", status={"type": "completed"})
         elif self.agent.control:
             self.stream(f"echo: {text}", 12, 0)
         elif "help" in text.lower():
@@ -1010,15 +1010,18 @@ class Turn:
         code, _, text = code_and_text.partition(" ")
         raise Refusal(int(code), "Internal error", {"details": text})
 
-    def do_turn_end(self, _):
-        """`!turn_end`: a turn_end update and no response."""
+    def do_turn_end(self, how):
+        """`!turn_end [exit]`: a turn_end update and no response."""
         self.remember()
         self.agent.update(self.session.id, {"sessionUpdate": "turn_end"})
+        if how == "exit":
+            self.agent.leave(0)
         raise TurnOver(None)
 
     def do_interrupted(self, _):
         """`!interrupted`: the chunk that Kiro's security filter leaves, and no response."""
         self.say("Tool uses were interrupted, waiting for the next user prompt")
+        self.remember()
         raise TurnOver(None)
 
     # -- directives: misbehaving
@@ -2231,7 +2234,7 @@ class Bot:
         violations = [entry["frame"] for entry in self.wire("violation")]
         assert not self.telegram.violations + violations
         assert "Traceback" not in self.log()
-        assert "deprecated" not in self.log()
+        assert "deprecat" not in self.log().lower()
         assert TOKEN not in self.log()
         for entry in self.wire("start"):
             assert TOKEN not in json.dumps(entry["frame"])
@@ -2950,7 +2953,7 @@ def test_stop_ends_a_running_turn_and_keeps_what_was_said(telegram, bot):
         stop(telegram, telegram.wait_for(DRAFT, containing="so far", thread=thread))
         answer = telegram.answer("so far", thread=thread)
         assert answer.text.startswith("so far\n") and "Stopped" in answer.text
-        assert ask(telegram, "go on", thread) == "echo: go on"
+        tell(telegram, "go on", thread, "ℹ️ Kiro kept nothing of what was said here", "echo: go on")
     assert len(bot.wire("in", "session/cancel")) == 2
     assert "Nothing is running" in ask(telegram, "/stop")
 
@@ -3039,7 +3042,7 @@ def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, b
     telegram.wait_until(lambda: telegram.acknowledged > telegram.last_update_id)
     bot.open_gate("go")
     telegram.answer("echo: four")
-    assert telegram.texts(7)[1:] == ["echo: one\n\nTWO\n\nthree", "Compacted.", "echo: four\n\nfive"]
+    assert telegram.texts(7)[1:] == ["echo: one\n\nTWO\n\nthree", "The conversation was compacted.", "echo: four\n\nfive"]
     assert bot.prompts()[2] == "/compact now" and len(bot.prompts()) == 4
     [reaction] = telegram.find("setMessageReaction")
     assert reaction.params["message_id"] == messages[0]["message_id"]
@@ -3347,8 +3350,8 @@ def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
     for number, hint in ((111, False), (222, True)):
         telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
         assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
-    telegram.write("!error -32603 Too many requests", thread=7)
-    assert "/new" not in telegram.answer("Too many requests", thread=7).text
+    for _ in range(2):
+        assert "/new" not in ask(telegram, "!error -32603 The request was throttled by the service")
     telegram.write("fine", thread=7)
     telegram.answer("echo: fine", thread=7)
 
@@ -3373,6 +3376,19 @@ def test_other_commands_go_to_kiro_alone_and_unchanged(telegram, bot):
 def test_a_forwarded_command_is_a_text(telegram, bot):
     telegram.write("/new", thread=7, forward_origin={"type": "hidden_user", "date": 1, "sender_user_name": "Carol"})
     telegram.answer("echo: [Forwarded from Carol]\n/new", thread=7)
+
+
+def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, bot):
+    telegram.send_file("document", b"x", name="a.txt", caption="/compact this", thread=7)
+    telegram.answer("echo: [Message:]\n/compact this\n[File: ", thread=7)
+    telegram.write("/new /clear everything", thread=7)
+    telegram.answer("echo: [Message:]\n/clear everything", thread=7)
+
+
+def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram, bot):
+    for text in ("one", "/compact", "two", "three", "/clear", "four", "five"):
+        ask(telegram, text)
+    assert ["<send_file" in prompt for prompt in bot.prompts()] == [True, False, True, False, False, True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3547,8 +3563,7 @@ TURNS = [
     ("!rate_limit Too many requests", 1, False, ["Too many requests"]),
     ("!say all\n!turn_end", 1, False, ["all"]),
     ("!turn_end", 1, False, ["Kiro has finished without saying anything."]),
-    ('!say all\n!raw {"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":"turn_end"}}}\n'
-     "!exit 0", 1, False, ["all"]),
+    ("!say all\n!turn_end exit", 1, False, ["all"]),
     ("!say so\n!tool read a.txt\n!interrupted", 1, False,
      ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
     ("!interrupted", 1, False, ["Tool uses were interrupted, waiting for the next user prompt"]),
@@ -3569,6 +3584,11 @@ TURNS = [
     ("!oauth https://tracker.test/login\n!say ok", 1, False,
      ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
     ("!compaction\n!say ok", 1, False, ["ok"]),
+    ("!compaction", 1, False, ["The conversation was compacted."]),
+    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status","params":{"status":{"type":"failed","error":"too short"}}}',
+     1, False, ["⚠️ The conversation could not be compacted: too short"]),
+    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"unknown hook key"}}\n!say ok',
+     1, False, ["Kiro can't read an agent's configuration: unknown hook key", "ok"]),
     ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
     ("!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
     ("!stop_reason cancelled", 1, False, ["ℹ️ Kiro ended this turn early (cancelled)."]),
@@ -3673,6 +3693,20 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     lose(bot, 9)
     tell(telegram, "!recall", 9, "0 before")
     assert not telegram.find(containing="history is gone", thread=9)  # no turn of it had ended
+    nothing_stays(bot)
+
+
+@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=2)
+def test_a_session_of_which_nothing_was_kept_is_replaced(telegram, bot):
+    for thread, way in enumerate(["error", "exit", "hang"], 1):
+        bot.habits(unknown_session=way)
+        tell(telegram, "/new", thread, "A new session")
+        assert ask(telegram, "hello", thread) == "echo: hello"
+        tell(telegram, "/new", thread, "A new session")
+        telegram.write(f"!say hm {way}\n!silence", thread=thread)
+        bot.wait_prompt(f"hm {way}")
+        tell(telegram, "/stop", thread, "⏹ Stopped.")
+        tell(telegram, "who am I", thread, "ℹ️ Kiro kept nothing of what was said here", "echo: who am I")
     nothing_stays(bot)
 
 
@@ -4049,6 +4083,13 @@ def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the
     refused.end()
     telegram.write("!say again", thread=7)
     telegram.answer("again", thread=7)
+
+
+def test_a_file_that_a_proxy_refuses_is_refused(telegram, bot):
+    telegram.fault("sendDocument", status=413, html=True, times=None)
+    telegram.write('!file a.txt hello\n!say <send_file path="a.txt"></send_file>', thread=7)
+    assert "too large for a proxy" in telegram.answer("Kiro wanted to send a.txt, but", thread=7).text
+    assert len(telegram.find("sendDocument", ok=None)) == 1
 
 
 def test_the_answer_to_a_deleted_topic_goes_to_the_chat_and_says_so(telegram, bot):
@@ -4574,6 +4615,10 @@ def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     prompt = bot.wait_prompt("compare", timeout=20)
     assert [len(block["data"]) for block in image_blocks_of(prompt)] == [len(base64_of(data)) for data in fits]
     assert sorted(uploads(bot).values()) == sorted(pictures)
+    with telegram.batch_of_updates():
+        for caption in ("these", "and those"):
+            telegram.album(*[{"kind": "photo", "data": png()}] * 6, caption=caption, thread=9)
+    assert len(image_blocks_of(bot.wait_prompt("and those"))) == 10
     bot.habits(image=False)
     telegram.send_file("photo", png(), thread=8, caption="for the blind")
     assert not image_blocks_of(bot.wait_prompt("for the blind"))
