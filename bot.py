@@ -1364,6 +1364,7 @@ class Conversation:
         self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self.link = Link(self)
         self._warm_until = 0.0
+        self._warming = False                   # nobody asked for what goes on
         self.sending = False                    # a part is on its way, and not ticked off yet
         self._model_chosen = False              # and the warm process does not know yet
         self._notes: list[str] = []             # to be said with the next answer
@@ -1659,9 +1660,12 @@ class Conversation:
             raise Closing
 
     def wait(self, until: float) -> None:
-        """Pump before there is a prompt.  Raises Stopped."""
+        """Pump before there is a prompt.  Raises Stopped, also out of a warm start that /new makes pointless."""
         self._pump(until)
         self.check_stop()
+        with self.lock:
+            if self._warming and self.waiting and self.waiting[0].command == "new":
+                raise Stopped
 
     def check_stop(self) -> None:
         if self.turn and self.turn.stop_at is not None:
@@ -2242,11 +2246,14 @@ class Conversation:
         if not self.settings.warm_seconds or self._refusals:
             return self.link.let_go()
         self._warm_until = time.monotonic() + self.settings.warm_seconds
+        self._warming = True
         try:
             self.link.ready()
         except KiroFailure as failure:
             log.warning("No warm process for %s/%s: %s", self.user_id, self.thread_id, failure)
             self.link.let_go(at_once=True)
+        finally:
+            self._warming = False
 
     # -- permissions ---------------------------------------------------------------------------------------------------
 
