@@ -2427,20 +2427,23 @@ def chunk_cost(telegram, bot, chunks):
     return bot.cpu() - before
 
 
+def at_rest(bot):
+    """Wait until the last warm process was given up; returns memory, threads and descriptors."""
+    wait_until(lambda: bot.threads() <= 2, 60, lambda: f"rest: {bot.threads()} threads")
+    time.sleep(0.5)
+    return bot.rss(), bot.threads(), bot.fds()
+
+
 def thirty_topics(bot, telegram):
     """Use thirty topics once, and see the bot go back to where it was."""
     telegram.write("warm up", thread=1)
     telegram.answer("echo: warm up", thread=1)
-    bot.wait_agents(0)
-    time.sleep(0.5)
-    before = bot.rss(), bot.threads(), bot.fds()
+    before = at_rest(bot)
     for thread in range(2, 32):
         telegram.write("hello", thread=thread)
     for thread in range(2, 32):
         telegram.answer("echo: hello", thread=thread, timeout=60)
-    bot.wait_agents(0)
-    time.sleep(0.5)
-    after = bot.rss(), bot.threads(), bot.fds()
+    after = at_rest(bot)
     print("thirty topics used once: memory {:.1f} -> {:.1f} MB, threads {} -> {}, descriptors {} -> {}".format(
         *(number for pair in zip(before, after) for number in pair)))
     bot.stop()
