@@ -1165,7 +1165,7 @@ class Link:
             raise NoPlace
         ticket = self._places.ask(self._conversation)
         turn = self._conversation.turn
-        status, turn.status = turn.status, "Waiting for a free place: other topics are busy…"
+        status, turn.status = turn.status, "Waiting for a free place…"
         try:
             while not ticket.granted:
                 self._conversation.wait(math.inf)
@@ -1183,7 +1183,7 @@ class Link:
         kiro.kept_warm = False
         if not kiro.exit_noticed:
             self.former.append(kiro)
-        kiro.end(patience=0 if at_once else END_SECONDS)
+        kiro.end(patience=0 if at_once or kiro.agent is None else END_SECONDS)     # one that still starts holds no lock
 
     def _await_former(self) -> None:
         """Wait until no former process holds the session's lock; their waiters see to it."""
@@ -1243,9 +1243,9 @@ class Link:
     def _open_session(self, kiro: Kiro) -> None:
         """Load the thread's session, or make one."""
         record = self._store.get_session(*self._key)
-        had_history = bool(record) and self._store.get_facts(record.session_id)[0]
-        if record is None or not had_history and is_empty(record.session_id):
+        if record is None:
             return self._new_session(kiro)
+        had_history = self._store.get_facts(record.session_id)[0]
         if record.session_id == self._lost:
             self._new_session(kiro)
             if had_history:
@@ -1257,6 +1257,9 @@ class Link:
                 self._no_load_told = True
                 self._conversation.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
             return
+        self._await_former()                   # it has the lock, and may still be writing; so may an orphan
+        if not had_history and is_empty(record.session_id) and lock_pid(record.session_id) is None:
+            return self._new_session(kiro)
         try:
             self._load_session(kiro, record, had_history)
         except KiroFailure as failure:
@@ -1273,12 +1276,11 @@ class Link:
         if not isinstance(session_id, str) or not session_id:
             raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
         self._store.upsert_session(*self._key, session_id, kiro.workspace, keep_model=True)
-        self._conversation.context, self._conversation.context_told = None, False
+        self._conversation.forget()
         self._opened(kiro, session_id, result)
 
     def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
         """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
-        self._await_former()
         params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
         limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
         seconds = MISSING_SECONDS if missing or is_empty(record.session_id) else SESSION_SECONDS
@@ -1368,7 +1370,7 @@ class Conversation:
         self.sending = False                    # a part is on its way, and not ticked off yet
         self._model_chosen = False              # and the warm process does not know yet
         self._notes: list[str] = []             # to be said with the next answer
-        self._noted: set[str] = set()           # subjects of which once is enough
+        self._noted: set[str] = set()           # texts and subjects of which once is enough
         self._unsent: list[str] = []            # files that could not be sent, for Kiro to hear of
         self.context: Optional[float] = None    # percent, as Kiro told last
         self.credits: Optional[float] = None
@@ -1415,10 +1417,15 @@ class Conversation:
         if text not in self._notes:
             self._notes.append(text)
 
-    def _note_once(self, subject: str, text: str) -> None:
-        """Say with the next answer what each new process would tell again."""
-        if subject not in self._noted:
-            self._noted.add(subject)
+    def forget(self) -> None:
+        """Another session has begun: nothing is known of it yet."""
+        self.context, self.context_told = None, False
+        self._refusals.clear()
+
+    def _note_once(self, text: str, subject: str = "") -> None:
+        """Say with the next answer what each new process tells again; of a subject only the first."""
+        if (subject or text) not in self._noted:
+            self._noted.add(subject or text)
             self.note(text)
 
     def finish_turn(self, turn: UnfinishedTurn) -> None:
@@ -1679,7 +1686,7 @@ class Conversation:
     def _on_give_way(self, kiro: Kiro) -> None:
         if kiro is self.link.kiro and kiro.kept_warm:
             log.debug("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
-            self.link.let_go(at_once=kiro.agent is None)     # one that still starts would be long to notice, and holds no lock
+            self.link.let_go()
 
     def _on_model_chosen(self) -> None:
         self._model_chosen = True
@@ -1741,12 +1748,14 @@ class Conversation:
             self._on_forgotten(kiro)
         elif name == "agent/not_found":
             wanted, used = params.get("requestedAgent"), params.get("fallbackAgent")
-            self._note_once(name, f"Kiro has no agent {wanted!r} and uses {used!r}.")
+            self._note_once(f"Kiro has no agent {wanted!r} and uses {used!r}.")
         elif name == "agent/config_error":
-            self._note_once(name, f"Kiro can't read an agent's configuration: {params.get('error') or json.dumps(params)}")
+            self._note_once(f"Kiro can't read an agent's configuration: {params.get('error') or json.dumps(params)}")
         elif name == "mcp/oauth_request":
             server, address = params.get("serverName"), params.get("oauthUrl")
-            self._note_once(f"{name} {server}", f"The MCP server {server} wants you to sign in: {address}")
+            self._note_once(f"The MCP server {server} wants you to sign in: {address}", str(server))
+        elif name == "mcp/server_initialized":
+            self._noted.discard(str(params.get("serverName")))
         elif name == "mcp/server_init_failure":
             log.warning("MCP server %s: %s", params.get("serverName"), params.get("error"))
 
@@ -1767,7 +1776,7 @@ class Conversation:
         if self.turn:
             failed = f"⚠️ The conversation could not be compacted: {error or 'Kiro does not say why'}"
             self.turn.trouble = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
-                                 "failed": failed}.get(kind, "")
+                                 "failed": failed}.get(str(kind), "")
             self.turn.stale = True
 
     def _on_forgotten(self, kiro: Kiro) -> None:
@@ -2229,7 +2238,6 @@ class Conversation:
         """Make a session now, not with the next message; return a text and no buttons."""
         turn.status = "Starting a new session…"
         kiro = self.link.begin_anew()
-        self._refusals.clear()
         model = self.store.get_model(self.user_id, self.thread_id)
         return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
 
@@ -3212,7 +3220,7 @@ class Telegram:
             raise self._failure(error, chat) from None
         except apihelper.ApiHTTPException as error:
             status = error.result.status_code
-            if status in TOO_LARGE:
+            if status in TOO_LARGE and method is not apihelper.send_message:       # a text is never that large
                 raise Refused(status, "too large for a proxy on the way") from None
             raise Unreachable(f"HTTP {status} without an answer of the Bot API") from None
         except (apihelper.ApiException, requests.RequestException) as error:    # their texts hold the token

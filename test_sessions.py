@@ -2591,6 +2591,7 @@ class Spares:
     AHEAD = 3
 
     def __init__(self, folders, tests):
+        folders.getbasetemp()  # made now, since two threads at once would both make it
         self.folders, self.pool = folders, ThreadPoolExecutor(2)
         self.tests = [test for test in tests if "bot" in test.fixturenames]
         self.started = {}  # test -> future (Telegram, Bot)
@@ -3351,6 +3352,7 @@ def test_a_nearly_full_context_is_told_once(telegram, bot):
 
 
 def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
+    ask(telegram, "hello")
     for number, hint in ((111, False), (222, True)):
         telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
         assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
@@ -3387,6 +3389,17 @@ def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, 
     telegram.answer("echo: [Message:]\n/compact this\n[File: ", thread=7)
     telegram.write("/new /clear everything", thread=7)
     telegram.answer("echo: [Message:]\n/clear everything", thread=7)
+
+
+def test_what_each_process_tells_anew_is_said_once(telegram, bot):
+    login = "The MCP server tracker wants you to sign in: "
+    for n in range(3):
+        ask(telegram, f"!oauth https://tracker.test/{n}\n!say done")
+        telegram.answer("done", thread=7, count=n + 1)
+    assert telegram.texts(7) == [login + "https://tracker.test/0", "done", "done", "done"]
+    initialized = '{"jsonrpc":"2.0","method":"_kiro.dev/mcp/server_initialized","params":{"serverName":"tracker"}}'
+    ask(telegram, f"!raw {initialized}\n!say welcome")
+    assert ask(telegram, "!oauth https://tracker.test/3") == login + "https://tracker.test/3"
 
 
 def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram, bot):
@@ -3588,8 +3601,11 @@ TURNS = [
      ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
     ("!compaction\n!say ok", 1, False, ["ok"]),
     ("!compaction", 1, False, ["The conversation was compacted."]),
-    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status","params":{"status":{"type":"failed","error":"too short"}}}',
-     1, False, ["⚠️ The conversation could not be compacted: too short"]),
+    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status","params":{"status":{"type":["started"]}}}\n!say ok',
+     1, False, ["ok"]),
+    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status",'
+     '"params":{"status":{"type":"failed","error":"too short"}}}', 1, False,
+     ["⚠️ The conversation could not be compacted: too short"]),
     ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
      1, False, ["Kiro can't read an agent's configuration: no such field", "ok"]),
     ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
@@ -3697,6 +3713,17 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     tell(telegram, "!recall", 9, "0 before")
     assert not telegram.find(containing="history is gone", thread=9)  # no turn of it had ended
     nothing_stays(bot)
+
+
+@bot_with(dict(STOP_SECONDS=0.2, TERM_SECONDS=2), WARM_SECONDS=0)
+def test_what_a_dying_process_still_writes_is_history(telegram, bot):
+    bot.habits(cancel={"hang": True}, ignore_term=True, ignore_stdin_end=True)
+    telegram.write("!say important\n!sleep 1", thread=7)
+    bot.wait_prompt("important")
+    telegram.write("/stop", thread=7)
+    telegram.answer("Stopped", thread=7)
+    bot.habits()
+    assert ask(telegram, "!recall").startswith("2 before: !say important")
 
 
 @bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=2)
@@ -4088,7 +4115,9 @@ def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the
     telegram.answer("again", thread=7)
 
 
+@bot_with(HASTY)
 def test_a_file_that_a_proxy_refuses_is_refused(telegram, bot):
+    telegram.fault("sendMessage", status=413, html=True)
     telegram.fault("sendDocument", status=413, html=True, times=None)
     telegram.write('!file a.txt hello\n!say <send_file path="a.txt"></send_file>', thread=7)
     assert "too large for a proxy" in telegram.answer("Kiro wanted to send a.txt, but", thread=7).text
@@ -5109,6 +5138,18 @@ def test_what_follows_new_goes_to_a_new_session_or_nowhere(telegram, bot):
     bot.open_gate("go")
     goes_on(telegram, 7)
     assert not [prompt for prompt in bot.prompts() if "do th" in prompt]
+
+
+@bot_with(MAX_PROCESSES=1)
+def test_a_stopped_start_holds_up_nobody(telegram, bot):
+    bot.habits(start={"gate": "never"})
+    telegram.write("hello", thread=7)
+    bot.wait_agents(1)
+    telegram.write("/stop", thread=7)
+    telegram.answer("Stopped", thread=7)
+    bot.habits()
+    telegram.write("again", thread=7)
+    telegram.answer("echo: again", thread=7, timeout=3)
 
 
 def test_new_does_not_wait_for_a_warm_start(telegram, bot):
