@@ -23,7 +23,8 @@ preview; a *frame* is one version of it.  *part*: one lasting message of an answ
 process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and waits for its message.  *card*: the message
 that offers an interrupted turn with **Ask again** and **Drop**.  *errand*: something short that talks to Telegram.
 
-Threads.  main: starts, then waits for a signal.  poll: says what was found at the start, then `Poll.run`; it waits for
+Threads.  main: starts, then waits for a signal, and every half second gives a sign of life to the kernel, which ends a
+program that something has frozen.  poll: says what was found at the start, then `Poll.run`; it waits for
 Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has
 commands or presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it
 alone calls Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro
@@ -51,6 +52,8 @@ if __name__ == "__main__":
 
 import argparse
 import base64
+import bisect
+import faulthandler
 import fcntl
 import hashlib
 import json
@@ -87,7 +90,7 @@ from dotenv.parser import parse_stream
 from telebot import apihelper, types, util
 from telebot.version import __version__ as telebot_version
 
-from sessions import PART_SPACING, InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
+from sessions import InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
 
 log = logging.getLogger("bot")
 
@@ -237,7 +240,7 @@ def set_up_logging(settings: Settings) -> None:
 
 ALLOWED_UPDATES = ["message", "edited_message", "callback_query", "stopped_message_generation"]   # sticky, so always given
 POLL_SECONDS = 25               # a long poll; Telegram's cap is 50 [tg 5.1]
-CONFLICT_SECONDS = POLL_SECONDS + 10   # longer than a poll, so that two bots don't throw each other out in turns
+CONFLICT_SECONDS = (2, POLL_SECONDS + 10)   # a stray one passes; else longer than a poll: two bots would take turns
 CONFLICTS_AT_MOST = 8
 STRANGER = "This bot is private. Your Telegram user id is {}; its owner can add it to ALLOWED_TELEGRAM_IDS."
 STRANGERS_REMEMBERED = 1000
@@ -286,7 +289,7 @@ class Poll:
                 conflicts += 1
                 if conflicts > CONFLICTS_AT_MOST:
                     return self._bot.quit(1, f"Giving up: {error}")
-                pause = self._resolve(error)
+                pause = self._resolve(error, conflicts)
             except TooManyRequests as error:
                 pause = error.seconds
             except (Unreachable, Refused) as error:
@@ -304,17 +307,18 @@ class Poll:
                                           long_polling_timeout=POLL_SECONDS, allowed_updates=ALLOWED_UPDATES)
         return updates if isinstance(updates, list) else []
 
-    def _resolve(self, conflict: Conflict) -> float:
-        """Return how long to wait after a 409, which is another bot's poll or a webhook."""
+    def _resolve(self, conflict: Conflict, times: int) -> float:
+        """Return how long to wait after so many 409 in a row: another bot's poll, one of our own that lingers, or a webhook."""
         log.error("%s", conflict)
+        pause = CONFLICT_SECONDS[min(times, len(CONFLICT_SECONDS)) - 1]
         if "webhook" not in str(conflict):
-            return CONFLICT_SECONDS
+            return pause
         log.warning("Removing the webhook that was set for this bot, since it polls")
         try:
             self._bot.telegram.call(apihelper.delete_webhook)
         except (Unreachable, Refused, TooManyRequests) as error:
             log.error("The webhook can't be removed: %s", error)
-            return CONFLICT_SECONDS
+            return pause
         return 0
 
     def _take(self, updates: list[dict]) -> Optional[int]:
@@ -837,6 +841,7 @@ QUESTION_LIMIT = 20_000           # UTF-16 units; room for the outcome must rema
 SEEN = "👀"
 HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
                 "The folder is as it was.")
+NOTHING_SAID = "Kiro has finished without saying anything."
 NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
                 "refusal": "ℹ️ Kiro declined to go on (refusal).",
@@ -1029,6 +1034,7 @@ class Turn:
         self.trouble = ""                      # Kiro's last word about limits and retries
         self.frame_at: Optional[float] = None  # when the last frame was sent
         self.stale = True                      # the draft is not what it should be
+        self.store_failures = 0                # how often the database failed before it began
 
     def hear(self, update: dict) -> None:
         """Take in a session/update; kinds that say nothing about the answer are left aside [acp 3.5]."""
@@ -1505,7 +1511,7 @@ class Conversation:
         if turn is None or turn.turn_id is None:       # also one that has ended: its answer may not be journaled yet
             return
         try:
-            self.store.keep_partial(turn.turn_id, visible_text(turn.text())[0])
+            self.store.keep_partial(turn.turn_id, turn.text())
         except StoreError as error:
             log.error("A partial answer can't be kept: %s", error)
 
@@ -1591,8 +1597,26 @@ class Conversation:
                 raise Closing from error
             log.error("Conversation %s/%s: %s", self.user_id, self.thread_id, error, exc_info=not isinstance(error, StoreError))
             self.link.let_go(at_once=True)
-            if turn:
-                self._abandon(turn, error)
+            if turn is None or turn is not self.turn:
+                return
+            if isinstance(error, StoreError) and not turn.ended and turn.store_failures < JOURNAL_TRIES:
+                return self._await_store(turn, error)
+            self._abandon(turn, error)
+
+    def _await_store(self, turn: Turn, error: StoreError) -> None:
+        """The database can't be used: nothing has begun, the messages wait on, and the next step tries again."""
+        with self.lock:
+            self.waiting.extendleft(reversed(turn.messages))
+            turn.messages = []
+        if not turn.store_failures:
+            self.bot.errand(self.key, self.tell, f"⚠️ I can't use my database ({error}), so Kiro has to wait. I'll keep trying.")
+        turn.store_failures += 1
+        try:
+            until = time.monotonic() + JOURNAL_RETRY_SECONDS
+            while time.monotonic() < until:
+                self.wait(until)
+        except Stopped:                        # the next step sees it, too
+            pass
 
     def _abandon(self, turn: Turn, error: Exception) -> None:
         """Get rid of a turn that failed in an unforeseen way."""
@@ -1659,12 +1683,21 @@ class Conversation:
         try:
             event = self._events.get(timeout=min(max(wait, 0), 60))
             while True:
-                getattr(self, "_on_" + event[0])(*event[1:])
+                self._handle(*event)
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
         if self.bot.closing.is_set():
             raise Closing
+
+    def _handle(self, name: str, *arguments: Any) -> None:
+        """Handle one event; a notification in a form that nobody expects ends nothing."""
+        try:
+            getattr(self, "_on_" + name)(*arguments)
+        except Exception:
+            if name != "notification":
+                raise
+            log.exception("A notification of Kiro's can't be understood: %.500s", arguments[1:])
 
     def wait(self, until: float) -> None:
         """Pump before there is a prompt.  Raises Stopped, also out of a warm start that /new makes pointless."""
@@ -1725,8 +1758,8 @@ class Conversation:
         """Context as other agents tell it."""
         if update.get("sessionUpdate") != "usage_update":
             return
-        used, size = update.get("used"), update.get("size")
-        if isinstance(used, (int, float)) and isinstance(size, (int, float)) and size:
+        used, size = finite(update.get("used")), finite(update.get("size"))
+        if used is not None and size:
             self.context = 100 * used / size
 
     def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
@@ -1761,12 +1794,12 @@ class Conversation:
 
     def _on_metadata(self, params: dict) -> None:
         """Context in percent, and at the end of a turn what it cost, in several entries [acp 3.8]."""
-        percent, usage = params.get("contextUsagePercentage"), params.get("meteringUsage")
-        if isinstance(percent, (int, float)):
+        percent, usage = finite(params.get("contextUsagePercentage")), params.get("meteringUsage")
+        if percent is not None:
             self.context = percent
         if isinstance(usage, list) and self.turn:
-            values = [entry.get("value") for entry in usage if isinstance(entry, dict)]
-            self.turn.credits = sum(value for value in values if isinstance(value, (int, float)))
+            values = [finite(entry.get("value")) for entry in usage if isinstance(entry, dict)]
+            self.turn.credits = sum(value for value in values if value is not None)
 
     def _on_compaction(self, kiro: Kiro, status: Any) -> None:
         """Kiro compacts the conversation, on /compact or by itself; a turn may say nothing else."""
@@ -1893,6 +1926,16 @@ class Conversation:
             if turn.stop_at is not None:
                 return "⏹ Stopped.", False
             return f"⚠️ {failure}{self.advice(failure)}", True
+        except (NoPlace, Closing):
+            raise
+        except Exception as error:   # a bug: it must not cost what Kiro has said, nor the message
+            if self.bot.closing.is_set():
+                raise Closing from error
+            if isinstance(error, StoreError) and turn.turn_id is None:
+                raise
+            log.error("A turn of %s/%s: %r", *self.key, error, exc_info=not isinstance(error, StoreError))
+            self.link.let_go(at_once=True)
+            return f"⚠️ Something went wrong here: {error}.", True
 
     def _prompt_or_again(self, turn: Turn, once_more: bool = True) -> str:
         """Prompt; a process that fails before it said anything is replaced once."""
@@ -2089,8 +2132,7 @@ class Conversation:
             self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], offer)
         except StoreError as error:
             log.error("An answer can't be journaled and is sent all the same: %s", error)
-        positions = [(n + 1) * PART_SPACING for n in range(len(parts))]
-        self._deliver(turn.turn_id, list(zip(positions, parts)), offer)
+        self._deliver(turn.turn_id, list(enumerate(parts)), offer)
         how = remark.splitlines()[0] if remark else "done"
         log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
 
@@ -2100,38 +2142,35 @@ class Conversation:
         return batch if turn.stop_at is None else batch[:max(turn.caught, 1)]
 
     def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> list[dict]:
-        """Return the lasting messages of the answer: notes, text, files, remarks."""
-        text, files = visible_text(turn.text())
-        text = text if text.strip() else ""        # blank, it would be no part at all
-        remarks = [remark] if remark else []
-        if remark.startswith("⏹") and text:
-            text, remarks = f"{close_code(text)}\n\n{remark}", []
+        """Return the answer for the journal: notes, what Kiro said, remarks."""
+        text, remarks = turn.text(), [remark] if remark else []
+        said = [{"kind": "answer", "text": text}] if text.strip() else []
+        if remark.startswith("⏹") and said:
+            said[0]["end"], remarks = remark, []
         if turn.cut:
             remarks.append(f"⚠️ The answer went on after {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
-        if not text and not files and not remarks:
-            remarks.append(turn.trouble or "Kiro has finished without saying anything.")
+        if not said and not remarks:
+            remarks.append(turn.trouble or NOTHING_SAID)
         if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
             self.context_told = True
             remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. "
                            "/compact shortens it, /new starts afresh.")
         notes, self._notes = self._notes, []
-        parts = [plain_part("\n".join(notes))] if notes else []
-        parts += self.chat.parts(text) if text else []
-        parts += [{"kind": "file", "path": path, "caption": caption} for path, caption in files]
-        if remarks:
-            parts += [plain_part(piece) for piece in split_text("\n\n".join(remarks), PLAIN_LIMIT, utf16_length)]
+        parts = plain_parts("\n".join(notes)) + said + plain_parts("\n\n".join(remarks))
         if offer:
             parts[-1]["buttons"] = "offer"
         return parts
 
-    def _deliver(self, turn_id: Optional[int], parts: list[tuple[int, dict]], offer: bool) -> None:
-        """Send the parts in order, and tick each off when Telegram has confirmed it."""
+    def _deliver(self, turn_id: Optional[int], parts: list[tuple[int, dict]], offer: bool, former: bool = False) -> None:
+        """Send the parts in order, and tick each off when Telegram has confirmed it; `former`: a former run began it."""
+        left = deque(parts)
         try:
-            for position, part in parts:
-                if part.get("buttons") == "offer":
-                    offered = [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]
-                    part = {**part, "buttons": offered if turn_id is not None else None}
-                self._send_part(turn_id, position, part)
+            while left:
+                position, part = left.popleft()
+                pieces = self._pieces(part, former) if part["kind"] == "answer" else self._send_part(turn_id, position, part)
+                if pieces:
+                    left = deque(enumerate([*pieces, *(part for _, part in left)]))
+                    self._rejournal(turn_id, [part for _, part in left])
             if turn_id is not None:
                 self.store.finish(turn_id, offer)
         except Unreachable as error:
@@ -2139,33 +2178,71 @@ class Conversation:
         except StoreError as error:
             log.error("The end of a turn can't be journaled: %s", error)
 
-    def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> None:
+    def _rejournal(self, turn_id: Optional[int], parts: list[dict]) -> None:
+        """Journal the parts that are left in their new form; no reason not to send them."""
+        try:
+            if turn_id is not None:
+                self.store.set_parts(turn_id, [json.dumps(part) for part in parts])
+        except StoreError as error:
+            log.error("The parts of an answer can't be journaled: %s", error)
+
+    def _pieces(self, answer: dict, former: bool) -> list[dict]:
+        """Return the messages and files that an answer becomes.
+
+        That it still stands in the journal as Kiro gave it means that a former run could not format it: it goes as it is.
+        """
+        if former:
+            pieces = plain_parts(answer["text"], simple_pieces)
+        else:
+            pieces = self._formatted(answer["text"], answer.get("end", ""))
+        if "buttons" in answer:
+            pieces[-1]["buttons"] = answer["buttons"]
+        return pieces
+
+    def _formatted(self, text: str, end: str) -> list[dict]:
+        """Return the text, with a remark at its end, as parts, and the files that it names."""
+        try:
+            shown, files = visible_text(text)
+            shown = f"{close_code(shown)}\n\n{end}" if end and shown.strip() else shown if shown.strip() else end
+            pieces = self.chat.parts(shown) if shown else []
+        except Exception:   # a bug there must not cost an answer
+            log.exception("An answer can't be formatted and is sent as it is")
+            return plain_parts(text, simple_pieces)
+        return pieces + [{"kind": "file", "path": path, "caption": caption} for path, caption in files] or plain_parts(NOTHING_SAID)
+
+    def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> list[dict]:
+        """Send a part and tick it off; return what Telegram is to get instead, if it did not take it as it is."""
         self.sending = True
         try:
-            self._send_and_tick(turn_id, position, part)
+            if part["kind"] == "file":
+                pieces = self._send_file(part)
+            else:
+                pieces = self.chat.send(part, self._offered(turn_id, part))
+            if not pieces and turn_id is not None:
+                self.store.tick(turn_id, position)
+            return pieces
+        except StoreError as error:
+            log.error("A part that was sent can't be ticked off: %s", error)
+            return []
         finally:
             self.sending = False
 
-    def _send_and_tick(self, turn_id: Optional[int], position: int, part: dict) -> None:
-        """Send a part, or in its place what its chat makes of it, and tick it off."""
-        if part["kind"] == "file":
-            try:
-                refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
-            except (StoreError, KiroFailure) as error:
-                refusal = f"its folder is not to be had: {error}"
-            if refusal:
-                self._unsent.append(f"{part['path']}: {refusal}")
-                part = plain_part(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
-        pieces = self.chat.send(part) if part["kind"] != "file" else []
+    def _offered(self, turn_id: Optional[int], part: dict) -> Optional[Buttons]:
+        """Return the buttons below a part that offers its turn again."""
+        if turn_id is None or part.get("buttons") != "offer":
+            return None
+        return [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]
+
+    def _send_file(self, part: dict) -> list[dict]:
+        """Send a file; return a message in its place if that can't be."""
         try:
-            if pieces:                       # Telegram did not take it as it was: the same source, piece by piece
-                self.store.replace_part(turn_id, position, [json.dumps(piece) for piece in pieces])
-            else:
-                self.store.tick(turn_id, position)
-        except StoreError as error:
-            log.error("A part that was sent can't be ticked off: %s", error)
-        for n, piece in enumerate(pieces):
-            self._send_and_tick(turn_id, position + n, piece)
+            refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
+        except (StoreError, KiroFailure) as error:
+            refusal = f"its folder is not to be had: {error}"
+        if not refusal:
+            return []
+        self._unsent.append(f"{part['path']}: {refusal}")
+        return plain_parts(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
 
     def _recover(self) -> None:
         """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
@@ -2182,7 +2259,7 @@ class Conversation:
             with self.lock:
                 self.unfinished.appendleft(unfinished)
             return self._rest(JOURNAL_RETRY_SECONDS)
-        self._deliver(unfinished.turn_id, parts, offer)
+        self._deliver(unfinished.turn_id, parts, offer, former=unfinished.state == "answered")
 
     def _rest(self, seconds: float) -> None:
         """Let some time pass."""
@@ -2201,7 +2278,7 @@ class Conversation:
                 log.error("A journaled message can't be read: %r", error)
         excerpt = " / ".join(asked)
         excerpt = excerpt if len(excerpt) <= 300 else excerpt[:300] + "…"
-        said = self.chat.parts(unfinished.partial) if unfinished.partial else []
+        said = [{"kind": "answer", "text": unfinished.partial}] if unfinished.partial else []
         return said + [{**plain_part(f"⚠️ I was interrupted while working on: {excerpt}"), "buttons": "offer"}]
 
     # -- jobs and warm starts ------------------------------------------------------------------------------------------
@@ -2846,6 +2923,11 @@ def child_environment(settings: Settings, mark: str, workspace: str = "") -> dic
             OWNER_MARK: owner_mark(), PROCESS_MARK: mark}
 
 
+def finite(value: Any) -> Optional[float]:
+    """Return a number that can be reckoned with and shown, or None: JSON's may be of any size."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e15 else None
+
+
 def error_text(error: Any) -> str:
     """Return what a JSON-RPC error says; Kiro puts it into `data`, a string or an object [acp 3.4]."""
     if not isinstance(error, dict):
@@ -3301,6 +3383,23 @@ def plain_part(text: str) -> dict:
     return {"kind": "plain", "text": whole_characters(text)}
 
 
+def plain_parts(text: str, cut: Optional[Callable[[str, int], Iterator[str]]] = None) -> list[dict]:
+    """Return the text as it is, as parts of allowed size; none for an empty one."""
+    pieces = cut(text, PLAIN_LIMIT) if cut else split_text(text, PLAIN_LIMIT, utf16_length)
+    return [plain_part(piece) for piece in pieces]
+
+
+def simple_pieces(text: str, limit: int) -> Iterator[str]:
+    """Yield the text in pieces of at most so many UTF-16 units, cut at line ends if possible; without looking into it."""
+    at, room = 0, limit // 2
+    while at < len(text):
+        line = text.rfind("\n", at, at + room) if len(text) - at > room else len(text)
+        end = line if line > at else at + room
+        if text[at:end].strip():
+            yield text[at:end]
+        at = end
+
+
 def markup(buttons: Optional[Buttons]) -> Optional[types.InlineKeyboardMarkup]:
     """Return an inline keyboard, or None for no buttons."""
     if not buttons:
@@ -3325,8 +3424,9 @@ def retry_after(answer: dict) -> float:
 class Chat:
     """What a conversation can do in its chat; `Topic` does it in Telegram, `Terminal` in a terminal.
 
-    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text", "buttons"?} or
-    {"kind": "file", "path", "caption"}.
+    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text"} or {"kind": "file", "path",
+    "caption"}; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made safe; one with "buttons": "offer"
+    offers its turn again.
     """
 
     def frame_wait(self, last: Optional[float], now: float) -> float:
@@ -3344,7 +3444,7 @@ class Chat:
         """Cut Kiro's text into parts."""
         raise NotImplementedError
 
-    def send(self, part: dict) -> list[dict]:
+    def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
         """Send a part of an answer; return other parts when it has to be sent in their form instead."""
         raise NotImplementedError
 
@@ -3406,21 +3506,21 @@ class Topic(Chat):
 
     def parts(self, text: str) -> list[dict]:
         if not (self._rich and self._telegram.rich and has_markdown(text)):
-            return self._plain_parts(text)
+            return plain_parts(text)
         return [{"kind": "rich", "text": piece} for piece in rich_pieces(text)]
 
-    def _plain_parts(self, text: str) -> list[dict]:
-        return [plain_part(piece) for piece in split_text(text, PLAIN_LIMIT, utf16_length)]
-
-    def send(self, part: dict) -> list[dict]:
+    def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
         try:
             if part["kind"] == "rich":
                 rich = types.InputRichMessage(markdown=rich_safe(part["text"]), skip_entity_detection=True)
-                self._post(apihelper.send_rich_message, rich, reply_markup=markup(part.get("buttons")))
+                self._post(apihelper.send_rich_message, rich, reply_markup=markup(buttons))
             else:
-                self._post_plain(part["text"], part.get("buttons"))
+                self._post_plain(part["text"], buttons)
         except Refused as refusal:
-            return self._other_form(part, refusal)
+            pieces = self._other_form(part, refusal)
+            if pieces and "buttons" in part:
+                pieces[-1]["buttons"] = part["buttons"]
+            return pieces
         return []
 
     def _other_form(self, part: dict, refusal: Refused) -> list[dict]:
@@ -3432,17 +3532,14 @@ class Topic(Chat):
         if part["kind"] == "rich":
             if refusal.code == 404 and "chat" not in refusal.description:       # a server that lacks the method
                 self._telegram.rich = False
-            pieces = self._plain_parts(part["text"])
-            pieces[-1]["buttons"] = part.get("buttons")
-            return pieces
+            return plain_parts(part["text"])
         if len(part["text"]) > 1 and "too long" in refusal.description:
             half = split_text(part["text"], max(utf16_length(part["text"]) // 2, 1), utf16_length)
             return [plain_part(piece) for piece in half]
-        try:
-            self._post_plain(f"⚠️ Telegram refused a part of the answer: {refusal.description}", part.get("buttons"))
-        except Refused as error:
-            log.error("Nor can that be said to %s: %s", self._user_id, error)
-        return []
+        if part.get("last_word"):
+            log.error("Nor can that be said to %s", self._user_id)
+            return []
+        return [{**plain_part(f"⚠️ Telegram refused a part of the answer: {refusal.description}"), "last_word": True}]
 
     def _post_plain(self, text: str, buttons: Optional[Buttons] = None, seconds: float = ANSWER_SECONDS) -> Any:
         return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds,
@@ -3578,13 +3675,23 @@ def open_inside(path: str, workspace: str) -> IO[bytes]:
 # Markdown: what Kiro writes, made safe and cut to size
 # ======================================================================================================================
 
+# `re` holds the interpreter's lock while it searches, so each pattern must be linear on any text: no inner part can be read
+# in two ways, and what is looked for in vain stops at a line's end, a bracket or after 2000 characters.
+#
+#     CODE, FENCE_LINE   where code is: in it nothing is a tag or a link
+#     FILE_TAG, CUT_TAG  <send_file>; attributes and caption end at the next < or >
+#     MARKDOWN           is there anything to format
+#     PROSE              links, code, escapes and signs outside of code, one after the other
+#     RULE_CELL          a cell of the line below a table's head
+#     SAFE_URL           an address that Telegram takes
+
 MARKERS = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)]|>)[ \t]+){0,9}"      # of the items and quotes that a code block may begin in
 FENCE = MARKERS.join((r"^", r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n.*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)|\Z)"))
-CODE_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)"
+CODE_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).){1,2000}?(?<!`)(?P=ticks)(?!`)"
 CODE = re.compile(f"{FENCE}|{CODE_SPAN}", re.M | re.S)
 FENCE_LINE = re.compile(MARKERS + r"(`{3,}(?=[^`]*$)|~{3,})")
 FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?:"(?P<double>[^"<>\n]*)"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^\s"'<>]+?))"""
-                      r"""(?:\s[^<>]*?)?\s*(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""", re.S)
+                      r"""(?:\s[^<>]*?)?(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""", re.S)
 CUT_TAG = re.compile(r"<send_file\s+path\s*=[^<>]*\Z")
 TAG_START, TAG_END = "<send_file", "</send_file>"
 MARKDOWN = re.compile(r"""
@@ -3593,7 +3700,7 @@ MARKDOWN = re.compile(r"""
     | `[^`\n]+` | \*\*\S | (?<!\w)__\S | ~~\S | (?<![\w*])\*[^\s*][^*\n]*\*(?!\w) | (?<!\w)_[^\s_][^_\n]*_(?!\w)
     | \[[^\[\]\n]{0,1000}\]\([^()\n]{1,1000}\)""", re.M | re.X)
 PROSE = re.compile(FENCE + "|" + r"""
-    (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\](?:\([^()\n]*\))?|[^\[\]\\`\n])*)\]
+    (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\]|[^\[\]\\`\n])*)\]
         \((?P<target><[^<>\n]*>|[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\))
     |(?P<code>""" + CODE_SPAN + r""")
     |(?P<definition>^[ ]{0,3}\[(?=(?!\^)[^\]\n]+\]:))
@@ -3604,7 +3711,7 @@ PROSE = re.compile(FENCE + "|" + r"""
     |(?P<tag>^[ ]{0,3}\#{1,6}(?=[^\s\#]))
     |(?P<mark>\$|<|==+|\|\|+|!(?=\[|<?https?://))
     """, re.M | re.S | re.X)
-TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*:?-+:?[ \t]*\|?[ \t]*")
+RULE_CELL = re.compile(r":?-+:?")
 SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?(?:[/?#]\S*)?|tg://\S+")
 
 
@@ -3640,8 +3747,14 @@ def tail(text: str, limit: int) -> str:
 
 
 def code_ranges(text: str) -> list[tuple[int, int]]:
-    """Return where code is: fenced blocks, closed or not, and code spans."""
+    """Return where code is, in order: fenced blocks, closed or not, and code spans."""
     return [match.span() for match in CODE.finditer(text)] if "`" in text or "~~~" in text else []
+
+
+def is_inside(at: int, ranges: list[tuple[int, int]]) -> bool:
+    """Is the position in one of the ranges, which are in order?"""
+    n = bisect.bisect_right(ranges, (at, sys.maxsize))
+    return n > 0 and at < ranges[n - 1][1]
 
 
 def visible_text(text: str, still_coming: bool = False) -> tuple[str, list[tuple[str, str]]]:
@@ -3653,7 +3766,7 @@ def visible_text(text: str, still_coming: bool = False) -> tuple[str, list[tuple
         return text, []
     code, files, kept, at = code_ranges(text), [], [], 0
     for match in FILE_TAG.finditer(text):
-        if any(start <= match.start() < end for start, end in code):
+        if is_inside(match.start(), code):
             continue
         kept.append(text[at:match.start()])
         at = match.end()
@@ -3664,7 +3777,7 @@ def visible_text(text: str, still_coming: bool = False) -> tuple[str, list[tuple
         files.append((path.strip(), (match["caption"] or "").strip()))
     rest = text[at:]
     start = tag_beginning(rest) if still_coming else cut_tag(rest)
-    if start is not None and not any(begin <= at + start < end for begin, end in code):
+    if start is not None and not is_inside(at + start, code):
         rest = rest[:start]
     return "".join([*kept, rest]).strip("\n"), files
 
@@ -3831,12 +3944,17 @@ def safe_label(url: str) -> str:
     return re.sub(r"([\\`*_\[\]$<>=|~])", r"\\\1", url)
 
 
+def is_table_rule(line: str) -> bool:
+    """Is it the line below a table's head?"""
+    return all(RULE_CELL.fullmatch(cell.strip()) for cell in line.strip().removeprefix("|").removesuffix("|").split("|"))
+
+
 def hard_breaks(text: str) -> str:
     """Keep single line ends, which Markdown would fold into one line, by two spaces before them."""
     lines, fence, in_table = text.split("\n"), "", False
     for n, line in enumerate(lines[:-1]):
         before, fence = fence, next_fence(fence, line)
-        in_table = "|" in line and (in_table or bool(TABLE_RULE.fullmatch(lines[n + 1])))
+        in_table = "|" in line and (in_table or is_table_rule(lines[n + 1]))
         if not (before or fence or in_table) and line.strip() and lines[n + 1].strip():
             lines[n] = line.rstrip() + "  "
     return "\n".join(lines)
@@ -3848,6 +3966,8 @@ def hard_breaks(text: str) -> str:
 
 START_SECONDS = 5 * 60          # how long to wait for Telegram at the start
 PURGE_SECONDS = 6 * 3600
+HEARTBEAT_SECONDS = 0.5         # between two signs of life of the main thread
+FROZEN_SECONDS = 2              # of processor time without one: something holds the interpreter's lock, and stops everybody
 CHECK_SECONDS = 3
 VERSION_SECONDS = 10
 CONSOLE_USER = CONSOLE_THREAD = 0
@@ -3951,8 +4071,14 @@ def serve(settings: Settings) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)     # the bell rings
         threading.Thread(target=run, args=(bot,), name="poll", daemon=True).start()
-        while not bot.rings(PURGE_SECONDS):
-            purge(store)
+        faulthandler.register(signal.SIGPROF, chain=True)      # says where it hung, then the signal's default: the end
+        purge_at = time.monotonic() + PURGE_SECONDS
+        signal.setitimer(signal.ITIMER_PROF, FROZEN_SECONDS)
+        while not bot.rings(HEARTBEAT_SECONDS):
+            signal.setitimer(signal.ITIMER_PROF, FROZEN_SECONDS)
+            if time.monotonic() > purge_at:
+                purge_at = time.monotonic() + PURGE_SECONDS
+                purge(store)
         bot.shut_down()
     log.info("Stopped")
     return bot.exit_status
@@ -4027,7 +4153,7 @@ class Terminal(Chat):
     def parts(self, text: str) -> list[dict]:
         return [plain_part(text)]
 
-    def send(self, part: dict) -> list[dict]:
+    def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
         text = part["text"]
         self._print((text[len(self._shown):] if text.startswith(self._shown) else text) + "\n")
         self._shown = ""

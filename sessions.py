@@ -119,7 +119,6 @@ PURGE_TURNS = "DELETE FROM turns WHERE turn_id NOT IN (SELECT turn_id FROM inbox
 PURGE_PARTS = "DELETE FROM parts WHERE turn_id NOT IN (SELECT turn_id FROM turns)"
 
 KEEP_DONE = timedelta(days=2)   # Telegram redelivers an update for 24 hours at most
-PART_SPACING = 1000             # room between two parts, for the pieces of one that had to be cut smaller
 CLOSE_SECONDS = 0.1             # how long to wait for a transaction that waits for such a process
 BUSY_SECONDS = 10               # how long to wait for another process (the console, a backup) to let go of the file
 
@@ -291,10 +290,8 @@ class SessionStore:
 
     def answer(self, turn_id: int, bodies: Iterable[str], offer: bool = False) -> None:
         """The turn has ended with these parts; with `offer` it can be asked again once they are sent."""
-        rows = [(turn_id, (n + 1) * PART_SPACING, body) for n, body in enumerate(bodies)]
         with self._transaction() as db:
-            db.execute(DELETE_PARTS, (turn_id,))
-            db.executemany(ADD_PART, rows)
+            _set_parts(db, turn_id, bodies)
             db.execute(SET_OFFER, (offer, turn_id))
             db.execute(TURN_STATE, ("answered", utc_now(), turn_id))
 
@@ -303,11 +300,10 @@ class SessionStore:
         with self._transaction() as db:
             return db.execute(PARTS, (turn_id,)).fetchall()
 
-    def replace_part(self, turn_id: int, position: int, bodies: Iterable[str]) -> None:
-        """Put several parts (at most PART_SPACING) in the place of one."""
+    def set_parts(self, turn_id: int, bodies: Iterable[str]) -> None:
+        """Put other parts in the place of those that are left; their positions are 0, 1, ..."""
         with self._transaction() as db:
-            db.execute(DELETE_PART, (turn_id, position))
-            db.executemany(ADD_PART, [(turn_id, position + n, body) for n, body in enumerate(bodies)])
+            _set_parts(db, turn_id, bodies)
 
     def tick(self, turn_id: int, position: int) -> None:
         """Telegram has confirmed this part."""
@@ -350,6 +346,11 @@ class SessionStore:
             db.execute(PURGE_TURNS)
             db.execute(PURGE_PARTS)
             db.execute(PURGE_FACTS)
+
+
+def _set_parts(db: sqlite3.Connection, turn_id: int, bodies: Iterable[str]) -> None:
+    db.execute(DELETE_PARTS, (turn_id,))
+    db.executemany(ADD_PART, [(turn_id, position, body) for position, body in enumerate(bodies)])
 
 
 def _make_private(path: str) -> None:
