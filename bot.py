@@ -9,32 +9,37 @@ After the settings, a message travels through this file from top to bottom:
     Poll           one long-poll loop; it parses, asks the gate, journals, hands over, and waits for nobody
     The bot        what all parts share: the table of conversations, errands, the orderly stop
     Commands       what the bot answers itself: /status, /model, presses of buttons
-    Conversation   one per (user, thread): what waits, the turn that runs, the process it owns
+    Conversation   one per (user, thread): what waits, its thread, what comes next
+    Turn           one run, from messages to an outcome, and the questions that Kiro asks meanwhile
     Prompt         what a message says to Kiro, with its quotes and files
+    Agent          a topic's hold on Kiro: a place, a process, the topic's session and model
     Kiro           one child process speaking ACP on stdio, and the locks on its sessions
-    Reply          the one door to Telegram, a chat's pace, drafts and lasting messages
+    Answer         what Kiro says: the draft, and the parts that stay
+    Reply          the one door to Telegram, a chat's pace, a topic
     Markdown       what Kiro writes, made safe and cut to size
     Running        start, stop, the console, the check
 
 Glossary.  *chat*: a private chat; its id is the user's id.  *thread*: a topic's message_thread_id, 0 outside any topic.
 *conversation*: what belongs to one (user, thread).  *session*: Kiro's memory of it.  *turn*: from taking messages to the
-answer's last part; Kiro's turn is the stretch between `session/prompt` and its response.  *draft*: Telegram's streamed
-preview; a *frame* is one version of it.  *part*: one lasting message of an answer.  *place*: the right to have one Kiro
-process, of which there are MAX_PROCESSES.  *warm*: a process that is ready and waits for its message.  *card*: the message
-that offers an interrupted turn with **Ask again** and **Drop**.  *errand*: something short that talks to Telegram.
+answer's last part; its phases are at `Phase`.  *draft*: Telegram's streamed preview; a *frame* is one version of it.
+*part*: one lasting message of an answer.  *place*: the right to have one Kiro process, of which there are MAX_PROCESSES.
+*warm*: a process that is ready and waits for its message.  *card*: the message that offers an interrupted turn with **Ask
+again** and **Drop**.  *errand*: something short that talks to Telegram.  *job*: what takes its place in the queue and is no
+prompt, such as /new.
 
 Threads.  main: starts, then waits for a signal, and every half second gives a sign of life to the kernel, which ends a
-program that something has frozen.  poll: says what was found at the start, then `Poll.run`; it waits for
-Telegram's getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has
-commands or presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it
-alone calls Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro
-process four more: reader, writer, stderr, and a waiter, which sees what is left of the process to its end and gives its
-place back; while it is ended, an ender, which sends the signals.
+program that something has frozen.  poll: says what was found at the start, then `Poll.run`; it waits for Telegram's
+getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has commands or
+presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it alone calls
+Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro process four
+more: reader, writer, stderr, and a waiter, which sees what is left of the process to its end and gives its place back; while
+it is ended, an ender, which sends the signals.
 
-Locks, each held for a moment and never across a network call: `Conversation.lock` (what waits, the turn, its permission
-requests, whether there is a thread), `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is gone),
-`Bot._lock` (the table of conversations), `Bot.spawning` (no process starts unseen while the bot closes), and the database's
-own.
+Locks, each held for a moment and never across a network call or a turn: `Conversation.lock` (what waits, the turn and its
+phase, whether there is a thread), `Questions._lock`, `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is
+gone), `Bot._lock` (the table of conversations), `Bot.spawning` (no process starts unseen while the bot closes), and the
+database's own.  Read without one, each a single value that is replaced as a whole: `Agent.models` and `Agent.known` (for
+/status), `Kiro.turn_open`, `Telegram.rich`, `Draft.stopped`, `Delivery.sending`; and what Kiro has said so far, when the bot stops.
 
 Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of kiro-acp.md and of
 telegram.md, the developers' notes on kiro-cli's ACP mode and on the Bot API, which name their sources.
@@ -79,6 +84,7 @@ import time
 import unicodedata
 from collections import deque
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, NamedTuple, Optional
 
@@ -274,8 +280,6 @@ class Poll:
         """Poll until the bot closes.  The next poll's offset is what tells Telegram that a batch was received [tg 5.5]."""
         offset, failures, conflicts = None, 0, 0
         while not self._bot.closing.is_set():
-            for conversation in self._bot.conversations():
-                conversation.nudge()
             try:
                 updates = self._fetch(offset)
                 offset = self._take(updates) or offset
@@ -316,7 +320,7 @@ class Poll:
         log.warning("Removing the webhook that was set for this bot, since it polls")
         try:
             self._bot.telegram.call(apihelper.delete_webhook)
-        except (Unreachable, Refused, TooManyRequests) as error:
+        except TelegramError as error:
             log.error("The webhook can't be removed: %s", error)
             return pause
         return 0
@@ -517,7 +521,7 @@ class Bot:
         self.places = Places(settings.max_processes)
         self.processes: set[Kiro] = set()      # started and not gone; each has a waiter that ends it
         self.spawning = threading.Lock()       # so that none is started unseen while the bot closes
-        self.permissions: dict[str, Conversation] = {}     # open questions by their token
+        self.questions = Questions(self.errand)
         self._conversations: dict[tuple[int, int], Conversation] = {}
         self._lock = threading.Lock()
         self._errands: dict[Any, deque[Callable[[], Any]]] = {}      # by key; those of one key run one after the other
@@ -548,11 +552,7 @@ class Bot:
             mine = self._errands.setdefault(key, deque())
             mine.append(lambda: action(*args, **kwargs))
             if len(mine) == 1:
-                try:
-                    threading.Thread(target=self._run_errands, args=(key, mine), name="errand", daemon=True).start()
-                except RuntimeError as error:      # no thread to be had: the caller must not suffer for it
-                    del self._errands[key]
-                    log.error("Not said: %s", error)
+                threading.Thread(target=self._run_errands, args=(key, mine), name="errand", daemon=True).start()
 
     def _run_errands(self, key: Any, mine: deque[Callable[[], Any]]) -> None:
         while True:
@@ -568,9 +568,9 @@ class Bot:
             action()
         except Closing:
             pass
-        except (Refused, Unreachable, TooManyRequests, StoreError) as error:
+        except (TelegramError, StoreError) as error:
             log.warning("Not said: %s", error)
-        except Exception:   # the pool would swallow it
+        except Exception:   # a bug; those that wait behind it must be run
             log.exception("An errand failed")
 
     def quit(self, status: int, reason: str) -> None:
@@ -609,7 +609,7 @@ class Bot:
 
     def _sending(self) -> bool:
         """Is a part on its way?  A stop between its arrival and its tick would send it twice."""
-        return any(conversation.sending for conversation in self.conversations())
+        return any(conversation.delivery.sending for conversation in self.conversations())
 
     def shut_down(self) -> None:
         """Within two seconds: cancel and end of stdin for all children, TERM, KILL; keep what was said for the cards."""
@@ -626,11 +626,8 @@ class Bot:
             for kiro in list(self.processes) if signal_number else ():
                 kiro.signal(signal_number, leftovers=True)
         keeper = threading.Thread(target=self._keep_partials, name="keeper", daemon=True)
-        try:
-            keeper.start()                     # the database may be locked by somebody for longer than we have
-            keeper.join(max(0.1, began + 1.9 - time.monotonic()))
-        except RuntimeError:                   # no thread to be had
-            self._keep_partials()
+        keeper.start()                         # the database may be locked by somebody for longer than we have
+        keeper.join(max(0.1, began + 1.9 - time.monotonic()))
 
     def _keep_partials(self) -> None:
         for conversation in self.conversations():
@@ -659,7 +656,6 @@ HELP = """I give every topic of this chat its own Kiro session with its own fold
 /status – session, model, folder, what is running
 Any other /command goes to Kiro as it is, for example /compact."""
 OWN = frozenset(["new", "stop", "model", "status", "start", "help"])      # commands that are not Kiro's
-JOBS = ("new", "model")         # those that take their place in the queue
 UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
 OVER = "This is over."
 THIS_RUN = secrets.token_hex(4)     # tells this run's questions from those of former ones
@@ -682,7 +678,7 @@ class Commands:
             self._bot.errand(incoming.key, self._reply, incoming, HELP)
         elif incoming.command == "status":
             self._bot.errand(incoming.key, self._status, incoming)
-        elif incoming.command == "model" and conversation.model_names():
+        elif incoming.command == "model" and conversation.agent.model_names():
             self._bot.errand(incoming.key, self._model, incoming)
         elif incoming.message.content_type in MESSAGE_KINDS and not is_animated(incoming.message):
             conversation.add(incoming)
@@ -705,7 +701,7 @@ class Commands:
     def stop_draft(self, user_id: int, draft_id: int) -> None:
         """The Stop button of a draft; only the running turn's own draft counts."""
         for conversation in self._bot.conversations():
-            if conversation.user_id == user_id:
+            if conversation.key[0] == user_id:
                 conversation.stop(draft_id)
 
     def press(self, press: types.CallbackQuery) -> None:
@@ -736,14 +732,11 @@ class Commands:
         self._reply(incoming, self._bot.conversation(*incoming.key).status())
 
     def _model(self, incoming: Incoming) -> None:
-        self._reply(incoming, *self._bot.conversation(*incoming.key).answer_model(incoming.argument))
+        self._reply(incoming, *self._bot.conversation(*incoming.key).agent.answer_model(incoming.argument))
 
     def _decide(self, press: types.CallbackQuery, token: str, index: int) -> Optional[str]:
         """Pass a decision on; return the option's name, or None when it is over or somebody else's."""
-        conversation = self._bot.permissions.get(token)
-        if conversation is None or conversation.user_id != press.from_user.id:
-            return None
-        return conversation.decide(token, index, press.message.message_id)
+        return self._bot.questions.decide(press.from_user.id, token, index, press.message.message_id)
 
     def _decided(self, press: types.CallbackQuery, token: str, choice: Optional[str]) -> None:
         self._toast(press, choice or OVER)
@@ -771,10 +764,10 @@ class Commands:
 
     def _model_pressed(self, press: types.CallbackQuery, thread_id: int, key: str) -> None:
         conversation = self._bot.conversation(press.from_user.id, thread_id)
-        name = next((name for name in conversation.model_names() if model_key(name) == key), None)
+        name = next((name for name in conversation.agent.model_names() if model_key(name) == key), None)
         if name is None:
             return self._toast(press, "This list is out of date. Send /model for a new one.")
-        text, _ = conversation.answer_model(name)
+        text, _ = conversation.agent.answer_model(name)
         self._toast(press, text)
         self._settle(press, text, keep=False)
 
@@ -782,7 +775,7 @@ class Commands:
         """Answer the press, first of all: Telegram lets it expire [tg 3.1]."""
         try:
             self._bot.telegram.call(apihelper.answer_callback_query, press.id, text[:200], chat=press.from_user.id)
-        except (Refused, Unreachable, TooManyRequests) as error:
+        except TelegramError as error:
             log.debug("A press was not answered: %s", error)
 
     def _settle(self, press: types.CallbackQuery, text: str, keep: bool = True) -> None:
@@ -811,577 +804,41 @@ def model_key(name: str) -> str:
 
 
 # ======================================================================================================================
-# Conversation: what waits, the turn, the process
+# Conversation: what waits, what comes next
 # ======================================================================================================================
 
 JOIN_SECONDS = 1.0              # how long to wait for the rest of an album or of a pasted text
 SPLIT_TEXT_LENGTH = 4000        # clients split a pasted text at 4096
-KEEP_ALIVE_SECONDS = 20         # a draft lives for 30 seconds [tg 1.1]
-INITIALIZE_SECONDS = 30         # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
-SESSION_SECONDS = 90
-MISSING_SECONDS = 10            # for the load of a session whose file is missing or empty; some versions never answer that
-MODEL_SECONDS = 5
-LOCK_SECONDS = 15
-DEAF_SECONDS = 20               # for a request to be read from the pipe
-STOP_SECONDS = 5                # for Kiro to obey a cancel; 2.3 were seen [acp 3.7]
-AFTERWORD_SECONDS = 1           # for the response after a `turn_end`
-INTERRUPTED_SECONDS = 3         # for the response after INTERRUPTED, which never comes [acp 4.4]
-INTERRUPTED = "Tool uses were interrupted, waiting for the next user prompt"
-PERMISSION_SECONDS = 30 * 60
-PERMISSION_SECONDS_IN_DEMAND = 2 * 60    # while another topic waits for a place
-TOOL_PATIENCE = 6               # times SILENCE_SECONDS while a tool is running
-ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
-FULL_CONTEXT = 80               # percent
-REPLAY_SECONDS = 1.0            # for what some agents replay after their response to session/load
-QUIET_SECONDS = 0.03            # a replay is over when nothing came for this long
 JOURNAL_TRIES = 240
 JOURNAL_RETRY_SECONDS = 15
-ASK_RETRY_SECONDS = 5
-QUESTION_LIMIT = 20_000           # UTF-16 units; room for the outcome must remain
+LOOK_SECONDS = 60               # the longest sleep of a conversation's thread
+FROZEN_GAP = 5                  # seconds late: this program did not run, and Kiro's silence counts anew
+EXCERPT_LENGTH = 300            # characters of what was asked, on a card
 SEEN = "👀"
-HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
-                "The folder is as it was.")
-NOTHING_SAID = "Kiro has finished without saying anything."
-NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh."
-STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
-                "refusal": "ℹ️ Kiro declined to go on (refusal).",
-                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
-                "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
 
-
-# -- what can go wrong -------------------------------------------------------------------------------------------------
-
-class KiroFailure(Exception):
-    """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
-
-    def __init__(self, text: str, again: bool = False) -> None:
-        super().__init__(text)
-        self.again = again
-
-
-class KiroRefusal(KiroFailure):
-    """A JSON-RPC error; Kiro itself is well."""
-
-    def __init__(self, error: Any) -> None:
-        self.code = error.get("code") if isinstance(error, dict) else None
-        super().__init__(error_text(error))
-
-
-class KiroGone(KiroFailure):
-    """The process has exited, or has to."""
-
-
-class KiroSilent(KiroFailure):
-    """A request was not answered in time."""
-
-
-class KiroLocked(KiroFailure):
-    """Somebody else has the session."""
-
-
-class SessionLost(Exception):
-    """Kiro does not have the thread's session any more."""
-
-
-class NoPlace(Exception):
-    """No process may be started or kept for this conversation now."""
-
-
-class Stopped(Exception):
-    """The user has stopped the turn."""
-
-
-# -- places ------------------------------------------------------------------------------------------------------------
-
-class Places:
-    """The right to have a Kiro process, MAX_PROCESSES times; first come, first served.
-
-    Warm processes give way: whenever somebody queues, the one unused longest is asked to.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._free = count
-        self._queue: list[Ticket] = []                  # in order of arrival
-        self._warm: dict[Conversation, Kiro] = {}       # in order of last use
-        self._lock = threading.Lock()
-
-    def ask(self, conversation: Conversation) -> Ticket:
-        """Return a ticket, granted at once or when its turn comes; the conversation is then woken."""
-        with self._lock:
-            ticket = Ticket(conversation)
-            if self._free and not self._queue:
-                self._free -= 1
-                ticket.granted = True
-            else:
-                self._queue.append(ticket)
-                self._queue.sort(key=lambda waiting: waiting.arrived)      # threads may get here in another order
-                self._ask_a_warm_one()
-            return ticket
-
-    def try_take(self) -> bool:
-        """Take a place that nobody wants; False when there is none."""
-        with self._lock:
-            if not self._free or self._queue:
-                return False
-            self._free -= 1
-            return True
-
-    def withdraw(self, ticket: Ticket) -> None:
-        """Leave the queue; a place that was granted meanwhile goes to the next."""
-        with self._lock:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-                return
-        self.give_back()
-
-    def give_back(self) -> None:
-        """A process has gone: its place goes to whoever waits longest."""
-        with self._lock:
-            if not self._queue:
-                self._free += 1
-                return
-            ticket = self._queue.pop(0)
-            ticket.granted = True
-        ticket.conversation.post("wake")
-
-    def keep_warm(self, conversation: Conversation, kiro: Kiro) -> None:
-        """This process is not in use; it may be asked to give way."""
-        with self._lock:
-            self._warm[conversation] = kiro
-            if self._queue:
-                self._ask_a_warm_one()
-
-    def claim(self, conversation: Conversation) -> bool:
-        """Use the warm process again; False when it has been asked to give way."""
-        with self._lock:
-            return self._warm.pop(conversation, None) is not None
-
-    def in_demand(self) -> bool:
-        """Does somebody wait for a place?"""
-        with self._lock:
-            return bool(self._queue)
-
-    def _ask_a_warm_one(self) -> None:
-        if self._warm:
-            conversation = next(iter(self._warm))
-            conversation.post("give_way", self._warm.pop(conversation))
-
-
-class Ticket:
-    """A conversation's wait for a place."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self.conversation = conversation
-        self.arrived = conversation.first_arrival()
-        self.granted = False
-
-
-# -- a turn and its permission requests --------------------------------------------------------------------------------
-
-class Permission:
-    """A tool call that Kiro asks about."""
-
-    def __init__(self, kiro: Kiro, request_id: Any, params: dict) -> None:
-        self.token = THIS_RUN + secrets.token_hex(4)
-        self.kiro = kiro
-        self.request_id = request_id           # Kiro's, echoed as it came
-        options, tool_call = params.get("options"), params.get("toolCall")
-        self.options = [o for o in options if isinstance(o, dict) and "optionId" in o] if isinstance(options, list) else []
-        self.tool_call = tool_call if isinstance(tool_call, dict) else {}
-        self.asked_at = time.monotonic()
-        self.text = ""
-        self.message_id: Optional[int] = None  # once the question is in the topic
-        self.try_at = 0.0                      # when to try to ask (again)
-
-    def option_of_kind(self, *kinds: str) -> Optional[str]:
-        """Return the id of the first option of these kinds; ids differ between versions [acp 3.6]."""
-        return next((option["optionId"] for kind in kinds for option in self.options if option.get("kind") == kind), None)
-
-    def answer(self, option_id: Optional[str]) -> None:
-        """Answer Kiro; None refuses."""
-        outcome = {"outcome": "cancelled"} if option_id is None else {"outcome": "selected", "optionId": option_id}
-        self.kiro.respond(self.request_id, {"outcome": outcome})
-
-
-class Turn:
-    """From taking messages to their answer."""
-
-    def __init__(self) -> None:
-        self.draft_id = random.randint(1, 2**31 - 1)
-        self.status = "Thinking…"              # what the draft says while Kiro says nothing
-        self.began = time.monotonic()
-        self.messages: list[Incoming] = []     # taken, not waiting any more
-        self.prompt: list[dict] = []           # as ACP content blocks
-        self.turn_id: Optional[int] = None     # the journal's, once begun
-        self.stop_at: Optional[float] = None   # when the user stopped it
-        self.caught = 0                        # how many messages waited then: the stop means them, not later ones
-        self.draft_stopped = False             # by its button: Telegram wants no more frames of it [tg 1.3]
-        self.cancelled_at: Optional[float] = None   # when Kiro was told of the stop
-        self.ended = False                     # Kiro is done with it; a stop comes too late
-        self.prompted_at = 0.0                 # also: when the clock of silence was set anew
-        self.end_by = math.inf                 # the response is not expected after this
-        self.heard = False                     # text, a tool call or a permission request came
-        self.pieces: list[str] = []            # what Kiro said
-        self.length = 0
-        self.cut = False                       # it said more than anybody can read
-        self.attempt = 0                       # how many pieces were there when Kiro's present attempt began
-        self.gap = False                       # a tool lies between the last piece and the next
-        self.tools: dict[str, dict] = {}       # tool calls by id
-        self.running: dict[str, str] = {}      # titles of the running ones
-        self.permissions: dict[str, Permission] = {}
-        self.credits: Optional[float] = None   # what it cost, if Kiro told
-        self.trouble = ""                      # Kiro's last word about limits and retries
-        self.frame_at: Optional[float] = None  # when the last frame was sent
-        self.stale = True                      # the draft is not what it should be
-        self.store_failures = 0                # how often the database failed before it began
-
-    def hear(self, update: dict) -> None:
-        """Take in a session/update; kinds that say nothing about the answer are left aside [acp 3.5]."""
-        kind = update.get("sessionUpdate")
-        if kind == "agent_message_chunk":
-            content = update.get("content")
-            text = content.get("text") if isinstance(content, dict) else None
-            if isinstance(text, str) and text:
-                self.say(text)
-                self.end_by = time.monotonic() + INTERRUPTED_SECONDS if text.strip() == INTERRUPTED else math.inf
-        elif kind in ("tool_call", "tool_call_update"):
-            self._hear_tool(update)
-        elif kind == "turn_end":
-            self.end_by = time.monotonic() + AFTERWORD_SECONDS
-
-    def _hear_tool(self, update: dict) -> None:
-        """A tool call begins, tells something, or ends; v2 gives no status at its beginning."""
-        tool_id = str(update.get("toolCallId"))
-        call = self.tools.setdefault(tool_id, {})
-        call.update({key: update[key] for key in ("title", "kind", "rawInput", "locations") if update.get(key) is not None})
-        if update.get("status") in ("completed", "failed"):
-            self.running.pop(tool_id, None)
-        else:
-            self.running[tool_id] = str(call.get("title") or call.get("kind") or "a tool")
-        self.heard = self.gap = self.stale = True
-        self.attempt = len(self.pieces)
-        self.end_by = math.inf
-
-    def say(self, text: str) -> None:
-        """Add a piece of the answer, set apart when a tool lies between."""
-        if self.length > ANSWER_AT_MOST:
-            self.cut = True
-            return
-        if self.gap and self.pieces:
-            end = "".join(self.pieces[-2:])
-            self.pieces.append("\n" * (2 - min(2, len(end) - len(end.rstrip("\n")))))
-        self.gap = False
-        self.pieces.append(text)
-        self.length += len(text)
-        self.trouble = ""
-        self.stale = self.heard = True
-
-    def text(self) -> str:
-        """Return what Kiro has said so far."""
-        return whole_characters("".join(self.pieces)).strip("\n")
-
-    def discard_attempt(self) -> None:
-        """Kiro starts its present attempt anew [acp 3.8]."""
-        del self.pieces[self.attempt:]
-        self.length = sum(map(len, self.pieces))
-        self.gap = bool(self.pieces)
-        self.stale = True
-
-
-# -- a conversation's hold on Kiro -------------------------------------------------------------------------------------
-
-class Link:
-    """A conversation's hold on Kiro: the process for this or the next turn, and those that are still ending.
-
-    Used on the conversation's thread only; while it waits, it lets the conversation handle what happens.
-    """
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation, self._key = conversation, conversation.key
-        self._bot, self._settings = conversation.bot, conversation.settings
-        self._store, self._places = conversation.store, conversation.places
-        self.kiro: Optional[Kiro] = None
-        self.former: list[Kiro] = []            # they may still hold the session's lock
-        self.models: Optional[Models] = None    # what Kiro told last
-        self._lost = ""                         # a session that Kiro does not have any more
-        self._no_load_told = False
-
-    def ready(self) -> Kiro:
-        """Return a process with the thread's session loaded and its model set; each step is done once.
-
-        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
-        """
-        self._conversation.check_stop()
-        while True:
-            kiro = self.kiro
-            if kiro is None or kiro.gone.is_set():
-                self.let_go()                 # a dead one is replaced, unnoticed
-                kiro = self._start()
-            try:
-                self._initialize(kiro)
-                if not kiro.session_id:
-                    self._open_session(kiro)
-                self._apply_model(kiro)
-                return kiro
-            except SessionLost:
-                self.let_go(at_once=True)
-
-    def begin_anew(self) -> Kiro:
-        """Return another process with another session, which is the thread's from now on.  Raises as `ready`."""
-        self.let_go()
-        kiro = self._start()
-        self._initialize(kiro)
-        self._new_session(kiro)
-        try:
-            self._apply_model(kiro)
-        except Stopped:                   # too late: the session is the thread's
-            pass
-        return kiro
-
-    def _initialize(self, kiro: Kiro) -> None:
-        if kiro.agent is None:
-            kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
-
-    def _start(self) -> Kiro:
-        """Start a process as soon as there is a place for it.  Raises KiroFailure, Stopped, Closing, NoPlace."""
-        workspace = self.workspace()
-        self._take_place()
-        try:
-            kiro = self.kiro = Kiro(self._bot, workspace, self._conversation.post)
-        except (OSError, ValueError) as error:
-            self._places.give_back()
-            reason = getattr(error, "strerror", None) or error
-            raise KiroFailure(f"Kiro could not be started: {reason} ({self._settings.kiro_command[0]}). Check KIRO_COMMAND on "
-                              "the server.") from error
-        if self._conversation.turn is None:
-            kiro.kept_warm = True
-            self._places.keep_warm(self._conversation, kiro)
-        return kiro
-
-    def _take_place(self) -> None:
-        """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
-        if self._conversation.turn is None and self._places.try_take():
-            return
-        if self._conversation.turn is None:
-            self._await_former()        # which may free its place
-        if self._conversation.turn is None:
-            if self._places.try_take():
-                return
-            raise NoPlace
-        ticket = self._places.ask(self._conversation)
-        turn = self._conversation.turn
-        status, turn.status = turn.status, "Waiting for a free place…"
-        try:
-            while not ticket.granted:
-                self._conversation.wait(math.inf)
-        except BaseException:
-            self._places.withdraw(ticket)
-            raise
-        turn.status, turn.stale = status, turn.frame_at is not None
-
-    def let_go(self, at_once: bool = False) -> None:
-        """Let go of the process: it ends by itself, or is ended by its waiter."""
-        kiro, self.kiro = self.kiro, None
-        if kiro is None:
-            return
-        self._places.claim(self._conversation)
-        kiro.kept_warm = False
-        if not kiro.exit_noticed:
-            self.former.append(kiro)
-        kiro.end(patience=0 if at_once or kiro.agent is None else END_SECONDS)     # one that still starts holds no lock
-
-    def _await_former(self) -> None:
-        """Wait until no former process holds the session's lock; their waiters see to it."""
-        limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
-        while self.former:
-            if time.monotonic() > limit:
-                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
-            self._conversation.wait(limit)
-
-    def request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
-        """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
-
-        Raises KiroFailure; NoPlace when the process was given away meanwhile.
-        """
-        seconds = min(seconds, self._settings.silence_seconds)
-        if method not in kiro.in_flight:
-            kiro.in_flight[method] = kiro.request(method, params)
-        request_id, asked_at = kiro.in_flight[method]
-        while request_id not in kiro.responses:
-            self.check_alive(kiro, asked_at)
-            limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + 4 * seconds)
-            if time.monotonic() >= limit:
-                raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
-            self._conversation.wait(min(limit, time.monotonic() + 1))
-        del kiro.in_flight[method]
-        frame = kiro.responses.pop(request_id)
-        if "error" in frame:
-            raise KiroRefusal(frame["error"])
-        return frame["result"] if isinstance(frame.get("result"), dict) else {}
-
-    def check_alive(self, kiro: Kiro, asked_at: float) -> None:
-        """Raise if the process can't answer any more: given away, gone, or deaf."""
-        if kiro is not self.kiro:
-            raise NoPlace
-        if kiro.exit_noticed:
-            raise kiro.failure()
-        patience = min(DEAF_SECONDS, self._settings.silence_seconds / 2)
-        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
-            raise KiroGone(f"Kiro does not read what it is sent (for {patience:g} s).", again=True)
-
-    # -- sessions ------------------------------------------------------------------------------------------------------
-
-    def default_workspace(self) -> str:
-        """Return the folder that a new thread gets: {WORKSPACE_BASE_PATH}/{user}/{thread}."""
-        return str(self._settings.workspaces / str(self._key[0]) / str(self._key[1]))
-
-    def workspace(self) -> str:
-        """Return the thread's folder, made when it is missing: the one it had at first."""
-        record = self._store.get_session(*self._key)
-        path = record.workspace_path if record else self.default_workspace()
-        try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
-        return os.path.realpath(path)
-
-    def _open_session(self, kiro: Kiro) -> None:
-        """Load the thread's session, or make one."""
-        record = self._store.get_session(*self._key)
-        if record is None:
-            return self._new_session(kiro)
-        had_history = self._store.get_facts(record.session_id)[0]
-        if record.session_id == self._lost:
-            self._new_session(kiro)
-            if had_history:
-                self._conversation.note(NOTHING_KEPT if is_empty(record.session_id) else HISTORY_GONE)
-            return
-        if not kiro.can_load:
-            self._new_session(kiro)
-            if had_history and not self._no_load_told:
-                self._no_load_told = True
-                self._conversation.note("ℹ️ This agent can't reload sessions: each message starts without the history.")
-            return
-        self._await_former()                   # it has the lock, and may still be writing; so may an orphan
-        if not had_history and is_empty(record.session_id) and lock_pid(record.session_id) is None:
-            return self._new_session(kiro)
-        try:
-            self._load_session(kiro, record, had_history)
-        except KiroFailure as failure:
-            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
-                raise
-            log.warning("Session %s of %s/%s is lost: %s", record.session_id, *self._key, failure)
-            self._lost = record.session_id
-            raise SessionLost from failure
-
-    def _new_session(self, kiro: Kiro) -> None:
-        """Make a session for this thread; the chosen model stays."""
-        result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
-        session_id = result.get("sessionId")
-        if not isinstance(session_id, str) or not session_id:
-            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
-        self._store.upsert_session(*self._key, session_id, kiro.workspace, keep_model=True)
-        self._conversation.forget()
-        self._opened(kiro, session_id, result)
-
-    def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
-        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
-        params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
-        limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
-        seconds = MISSING_SECONDS if missing or is_empty(record.session_id) else SESSION_SECONDS
-        while True:
-            try:
-                result = self.request(kiro, "session/load", params, seconds)
-                break
-            except KiroRefusal as refusal:
-                pid = lock_holder(str(refusal))
-                if pid is None:
-                    raise
-                settle_lock(pid, record.session_id, self._settings)
-                if time.monotonic() > limit:
-                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
-            retry_at = time.monotonic() + pause
-            while time.monotonic() < retry_at:
-                self._conversation.wait(retry_at)
-            pause = min(2 * pause, 2)
-        self._let_replay_end(kiro)
-        if missing and had_history and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
-            self._store.set_facts(record.session_id, ended=False, taught=False)
-            self._conversation.note(HISTORY_GONE)
-        self._opened(kiro, record.session_id, result)
-
-    def _let_replay_end(self, kiro: Kiro) -> None:
-        """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
-        limit = time.monotonic() + REPLAY_SECONDS
-        while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
-            self._conversation.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
-
-    def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
-        """Note what a session/new or session/load has told."""
-        kiro.models = models_of(result)
-        self.models = kiro.models or self.models
-        kiro.session_id = session_id
-
-    def _apply_model(self, kiro: Kiro) -> None:
-        """Make Kiro use the thread's model, if it does not already."""
-        wanted = self._store.get_model(*self._key)
-        models = kiro.models or (self.models._replace(current="") if self.models else None)
-        if models is None or wanted == models.current:
-            return
-        names = [name for name, _ in models.offered]
-        if wanted not in names:
-            if wanted != "auto":
-                self._store.set_model(*self._key, "auto")
-                self._conversation.note(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
-            wanted = "auto"
-        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
-            return
-        if models.config_id is None:
-            method, params = "session/set_model", {"modelId": wanted}
-        else:
-            method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
-        kiro.models = models._replace(current=wanted)
-        try:
-            self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
-        except (KiroRefusal, KiroSilent) as failure:
-            self._conversation.note(f"⚠️ The model may not be {wanted}: {failure}")
-        finally:
-            kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
-
-
-# -- a conversation ----------------------------------------------------------------------------------------------------
 
 class Conversation:
-    """What belongs to one (user, thread).
+    """What belongs to one (user, thread): what waits, the turn, the process.
 
-    `add`, `edit`, `stop`, `decide`, `post`, `status` and `answer_model` may be called from any thread and return at
-    once.  Everything else runs on the conversation's own thread, which exists while there is work or a warm process.
+    `add`, `edit`, `stop`, `post` and `status` may be called from any thread and return at once; `tell` waits for Telegram.
+    Everything else runs on the conversation's own thread, which exists while there is work or a warm process.
     """
 
-    def __init__(self, bot: Bot, user_id: int, thread_id: int, chat: Chat) -> None:
-        self.bot, self.settings, self.store, self.places = bot, bot.settings, bot.store, bot.places
-        self.user_id, self.thread_id, self.chat = user_id, thread_id, chat
+    def __init__(self, bot: Bot, user_id: int, thread_id: int, chat: Topic | Terminal) -> None:
+        self.bot, self.store, self.chat = bot, bot.store, chat
         self.key = user_id, thread_id
-        self.lock = threading.Lock()            # guards the next five
+        self.lock = threading.Lock()            # guards the next five, and the turn's phase
         self.waiting: deque[Incoming] = deque()
         self.unfinished: deque[UnfinishedTurn] = deque()
         self.turn: Optional[Turn] = None        # there is one whenever something waits or runs
         self._running = False                   # is there a thread
         self._burst_seen = False                # the first message that has to wait got its reaction
         self._events: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.link = Link(self)
+        self.agent = Agent(self)
+        self.delivery = Delivery(self)
         self._warm_until = 0.0
         self._warming = False                   # nobody asked for what goes on
-        self.sending = False                    # a part is on its way, and not ticked off yet
-        self._model_chosen = False              # and the warm process does not know yet
-        self._notes: list[str] = []             # to be said with the next answer
-        self._noted: set[str] = set()           # texts and subjects of which once is enough
-        self._unsent: list[str] = []            # files that could not be sent, for Kiro to hear of
-        self.context: Optional[float] = None    # percent, as Kiro told last
-        self.credits: Optional[float] = None
-        self.context_told = False               # that it is nearly full
-        self._refusals: list[str] = []          # the last turns' errors, while they are the same
+        self.notes = Notes()
 
     # -- for all threads -----------------------------------------------------------------------------------------------
 
@@ -1400,40 +857,6 @@ class Conversation:
         if first_to_wait:
             self.bot.errand(self.key, self.chat.react, incoming.message.message_id, SEEN)
 
-    def nudge(self) -> None:
-        """Start the thread that could not be started when a message came."""
-        with self.lock:
-            if self.waiting or self.unfinished:
-                self._start()
-
-    def first_arrival(self) -> float:
-        """Return when the message came that is being served."""
-        with self.lock:
-            messages = (self.turn.messages if self.turn else None) or self.waiting
-            return messages[0].arrived if messages else time.monotonic()
-
-    def tell(self, text: str, buttons: Optional[list] = None) -> None:
-        """Send a message of the bot's own, and have the draft that it hides sent anew."""
-        self.chat.say(text, buttons)
-        if self.turn:
-            self.post("wake")
-
-    def note(self, text: str) -> None:
-        """Say this with the next answer."""
-        if text not in self._notes:
-            self._notes.append(text)
-
-    def forget(self) -> None:
-        """Another session has begun: nothing is known of it yet."""
-        self.context, self.context_told = None, False
-        self._refusals.clear()
-
-    def _note_once(self, text: str, subject: str = "") -> None:
-        """Say with the next answer what each new process tells again; of a subject only the first."""
-        if (subject or text) not in self._noted:
-            self._noted.add(subject or text)
-            self.note(text)
-
     def finish_turn(self, turn: UnfinishedTurn) -> None:
         """Take on a turn that a former run has left behind."""
         with self.lock:
@@ -1444,13 +867,11 @@ class Conversation:
     def _start(self) -> None:
         """See to it that there is a turn for what waits, and a thread.  The lock is held."""
         if self.waiting and self.turn is None:
-            self.turn = Turn()
+            self.turn = Turn(self)
         if not self._running:
-            try:
-                threading.Thread(target=self._run, name=f"conversation {self.user_id}/{self.thread_id}", daemon=True).start()
-                self._running = True
-            except RuntimeError as error:  # no thread to be had: the next poll tries again
-                log.error("Conversation %s/%s has to wait: %s", self.user_id, self.thread_id, error)
+            name = "conversation {}/{}".format(*self.key)
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+            self._running = True
 
     def edit(self, incoming: Incoming) -> bool:
         """Replace a waiting message by its edited version; return False when Kiro already has it as it was."""
@@ -1472,92 +893,60 @@ class Conversation:
         """End the turn; return False when there is none, or not this draft's."""
         with self.lock:
             turn = self.turn
-            if turn is None or turn.ended or draft_id not in (None, turn.draft_id):
+            if turn is None or turn.phase is Phase.OVER or draft_id not in (None, turn.draft.id):
                 return False
-            if turn.stop_at is None:
-                turn.stop_at, turn.caught = time.monotonic(), len(self.waiting)
-            turn.draft_stopped = turn.draft_stopped or draft_id is not None
+            if turn.phase is not Phase.STOPPING:
+                turn.stop(waiting=len(self.waiting))
+            turn.draft.stopped = turn.draft.stopped or draft_id is not None
         self.post("wake")
         return True
 
-    def decide(self, token: str, index: int, message_id: int) -> Optional[str]:
-        """Answer a permission request; return the option's name, or None when it is over."""
-        with self.lock:
-            permission = self.turn.permissions.get(token) if self.turn else None
-            if permission is None or self.turn.stop_at is not None or index >= len(permission.options):
-                return None
-            self._forget(permission)
-        option = permission.options[index]
-        permission.answer(option["optionId"])
-        choice = whole_characters(f"→ {option.get('name') or option['optionId']}")
-        self.bot.errand(self.key, self.chat.settle, message_id, f"{permission.text}\n\n{choice}")
-        self.post("wake")
-        return choice
+    def tell(self, text: str, buttons: Optional[Buttons] = None) -> None:
+        """Send a message of the bot's own, and have the draft that it hides sent anew."""
+        self.chat.say(text, buttons)
+        if self.turn:
+            self.post("wake")
 
-    def _forget(self, permission: Permission) -> None:
-        """A request is being answered; the clock of silence starts anew."""
-        del self.turn.permissions[permission.token]
-        self.bot.permissions.pop(permission.token, None)
-        self.turn.prompted_at = time.monotonic()
+    def first_arrival(self) -> float:
+        """Return when the message came that is being served."""
+        with self.lock:
+            messages = (self.turn.messages if self.turn else None) or self.waiting
+            return messages[0].arrived if messages else time.monotonic()
 
     def works_on(self, turn_id: int) -> bool:
         """Is this turn running?"""
         turn = self.turn
-        return turn is not None and turn.turn_id == turn_id and not turn.ended
+        return turn is not None and turn.turn_id == turn_id and turn.phase is not Phase.OVER
 
     def keep_partial(self) -> None:
         """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
         turn = self.turn
-        if turn is None or turn.turn_id is None:       # also one that has ended: its answer may not be journaled yet
+        if turn is None or turn.turn_id is None:       # also one that is over: its answer may not be journaled yet
             return
         try:
-            self.store.keep_partial(turn.turn_id, turn.text())
+            self.store.keep_partial(turn.turn_id, turn.answer.text())
         except StoreError as error:
             log.error("A partial answer can't be kept: %s", error)
 
     def status(self) -> str:
         """Return what /status says."""
-        record = self.store.get_session(self.user_id, self.thread_id)
+        record, known = self.store.get_session(*self.key), self.agent.known
         with self.lock:
             turn, waiting = self.turn, len(self.waiting)
         lines = [f"Session: {record.session_id if record else 'none yet'}",
                  f"Model: {record.model if record else 'auto'}",
-                 f"Folder: {record.workspace_path if record else self.link.default_workspace()}"]
-        if self.context is not None:
-            lines.append(f"Context used: {self.context:.0f} %")
-        if self.credits is not None:
-            lines.append(f"Last turn: {self.credits:.4g} credits")
+                 f"Folder: {record.workspace_path if record else self.agent.default_workspace()}"]
+        if known.context is not None:
+            lines.append(f"Context used: {known.context:.0f} %")
+        if known.credits is not None:
+            lines.append(f"Last turn: {known.credits:.4g} credits")
         if turn is None:
             lines.append("Nothing is running.")
         elif turn.turn_id is None:
-            lines.append(f"Starting: {turn.status} {waiting} waiting.")
+            lines.append(f"Starting: {turn.doing} {waiting} waiting.")
         else:
             lines.append(f"Running for {time.monotonic() - turn.began:.0f} s, {waiting} waiting.")
         return "\n".join(lines)
-
-    # -- models --------------------------------------------------------------------------------------------------------
-
-    def model_names(self) -> list[str]:
-        """Return the ids of the models that Kiro reported last."""
-        return [name for name, _ in self.link.models.offered] if self.link.models else []
-
-    def answer_model(self, wanted: str) -> tuple[str, Optional[Buttons]]:
-        """Choose a model, or list them when none is wanted; return a text and buttons."""
-        names = self.model_names()
-        if not names:
-            return "Kiro reports no models to choose from.", None
-        if wanted and wanted in names:
-            self.store.set_model(self.user_id, self.thread_id, wanted)
-            self.post("model_chosen")
-            return f"Model for this topic: {wanted}, from the next message on.", None
-        chosen = self.store.get_model(self.user_id, self.thread_id)
-        if wanted:
-            text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
-        else:
-            text = f"Model for this topic: {chosen}. Choose with /model NAME or here:"
-        label = {name: label for name, label in self.link.models.offered}
-        return text, [[(("✓ " if name == chosen else "") + label[name], f"model:{self.thread_id}:{model_key(name)}")]
-                      for name in names]
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -1575,7 +964,7 @@ class Conversation:
     def _has_work(self) -> bool:
         """Is there a reason for this thread to go on?  If not, it counts as gone from here on: `_start` makes another."""
         with self.lock:
-            self._running = bool(self.waiting or self.unfinished or self.link.kiro or self.link.former)
+            self._running = bool(self.waiting or self.unfinished or self.agent.kiro or self.agent.former)
             return self._running
 
     def _step(self) -> None:
@@ -1586,22 +975,31 @@ class Conversation:
                 self._recover()
             elif turn:
                 self._serve(turn)
-            elif self.link.kiro:
+            elif self.agent.kiro:
                 self._idle()
             else:
-                self._pump(math.inf)           # until the former process has gone, too
+                self.pump(math.inf)            # until the former process has gone, too
         except (NoPlace, Stopped):
             pass
         except Exception as error:   # a bug, or the database: the topic must hear of it, and the next message must work
             if isinstance(error, Closing) or self.bot.closing.is_set():
                 raise Closing from error
-            log.error("Conversation %s/%s: %s", self.user_id, self.thread_id, error, exc_info=not isinstance(error, StoreError))
-            self.link.let_go(at_once=True)
-            if turn is None or turn is not self.turn:
-                return
-            if isinstance(error, StoreError) and not turn.ended and turn.store_failures < JOURNAL_TRIES:
-                return self._await_store(turn, error)
-            self._abandon(turn, error)
+            log.error("Conversation %s/%s: %s", *self.key, error, exc_info=not isinstance(error, StoreError))
+            self.agent.let_go(at_once=True)
+            if turn is not None and turn is self.turn:
+                self._give_up(turn, error)
+
+    def _give_up(self, turn: Turn, error: Exception) -> None:
+        """A turn has failed in an unforeseen way; one that has not begun can wait for the database."""
+        if isinstance(error, StoreError) and turn.phase is not Phase.OVER and turn.store_failures < JOURNAL_TRIES:
+            return self._await_store(turn, error)
+        with self.lock:
+            for incoming in turn.messages or self.batch():
+                if incoming in self.waiting:
+                    self.waiting.remove(incoming)
+        self._close(turn)
+        self.bot.errand(self.key, self.tell, f"⚠️ Something went wrong here: {error}. "
+                        "Your message is kept; I'll come back to it when I'm restarted, or send it again.")
 
     def _await_store(self, turn: Turn, error: StoreError) -> None:
         """The database can't be used: nothing has begun, the messages wait on, and the next step tries again."""
@@ -1611,84 +1009,124 @@ class Conversation:
         if not turn.store_failures:
             self.bot.errand(self.key, self.tell, f"⚠️ I can't use my database ({error}), so Kiro has to wait. I'll keep trying.")
         turn.store_failures += 1
-        try:
-            until = time.monotonic() + JOURNAL_RETRY_SECONDS
-            while time.monotonic() < until:
-                self.wait(until)
-        except Stopped:                        # the next step sees it, too
-            pass
-
-    def _abandon(self, turn: Turn, error: Exception) -> None:
-        """Get rid of a turn that failed in an unforeseen way."""
-        with self.lock:
-            messages = turn.messages or self._batch()
-            for incoming in messages:
-                if incoming in self.waiting:
-                    self.waiting.remove(incoming)
-        self._close_turn(turn)
-        self.bot.errand(self.key, self.tell, f"⚠️ Something went wrong here: {error}. "
-                        "Your message is kept; I'll come back to it when I'm restarted, or send it again.")
+        self.rest(JOURNAL_RETRY_SECONDS, until_stop=True)
 
     def _serve(self, turn: Turn) -> None:
         """Do what waits longest."""
-        if self.link.kiro and self.link.kiro.kept_warm and not self.places.claim(self):
-            self.link.let_go()
-        elif self.link.kiro:
-            self.link.kiro.kept_warm = False
+        self.agent.take_back()
         with self.lock:
             incoming = self.waiting[0]
-            is_job = incoming.command in JOBS
+            is_job = incoming.command in Job.DOING
             if is_job:
-                self.waiting.popleft()
-                turn.messages = [incoming]
+                self.move([incoming], turn)
         if is_job:
-            self._serve_job(turn, incoming)
+            Job(self, turn, incoming).run()
         else:
-            remark, offer = self._run_turn(turn)
-            self._conclude(turn, remark, offer)
-        self._close_turn(turn)
+            self._conclude(turn, turn.run())
+        self._close(turn)
         self._warm_up()
 
-    def _close_turn(self, turn: Turn) -> None:
+    def _close(self, turn: Turn) -> None:
         """The turn is over; whatever waits gets the next one."""
-        turn.ended = True
-        self._refuse_all("the turn is over")
-        self.chat.leave()
+        turn.end()
         with self.lock:
-            self.turn = Turn() if self.waiting else None
+            self.turn = Turn(self) if self.waiting else None
 
     def _idle(self) -> None:
         """Keep the process ready for a message until it was kept long enough, or its place is needed."""
-        kiro = self.link.kiro
-        kiro.kept_warm = True
-        self.places.keep_warm(self, kiro)
-        while self.link.kiro is kiro and self.turn is None and not self.unfinished:
-            if self._model_chosen:
-                self._model_chosen = False
-                self._warm_up()
-                continue                       # a message may have come meanwhile
+        kiro = self.agent.offer_place()
+        while self.agent.kiro is kiro and self.turn is None and not self.unfinished:
             if kiro.exit_noticed:
-                log.info("The warm process of %s/%s has exited (%s)", self.user_id, self.thread_id, kiro.how_it_ended())
+                log.info("The warm process of %s/%s has exited (%s)", *self.key, kiro.how_it_ended())
             if kiro.exit_noticed or time.monotonic() >= self._warm_until:
-                return self.link.let_go()
-            self._pump(self._warm_until)
+                return self.agent.let_go()
+            self.pump(self._warm_until)
+
+    def _warm_up(self) -> None:
+        """Start the next process of this thread early, to hide the seconds that start and load take [acp 4.3]."""
+        if self.turn:                # it starts what it needs
+            return
+        if not self.bot.settings.warm_seconds or self.agent.known.refusals:
+            return self.agent.let_go()
+        self._warm_until = time.monotonic() + self.bot.settings.warm_seconds
+        self._warming = True
+        try:
+            self.agent.ready()
+        except KiroFailure as failure:
+            log.warning("No warm process for %s/%s: %s", *self.key, failure)
+            self.agent.let_go(at_once=True)
+        finally:
+            self._warming = False
+
+    # -- what waits ----------------------------------------------------------------------------------------------------
+
+    def batch(self) -> list[Incoming]:
+        """Return what goes as one prompt: commands alone, everything else up to the next command.  The lock is held."""
+        batch: list[Incoming] = []
+        for incoming in self.waiting:
+            if incoming.goes_alone:
+                return batch or [incoming]
+            batch.append(incoming)
+        return batch
+
+    def move(self, batch: list[Incoming], turn: Turn) -> None:
+        """Make the messages that wait longest the turn's.  The lock is held."""
+        for _ in batch:
+            self.waiting.popleft()
+        turn.messages, self._burst_seen = batch, False
 
     # -- events --------------------------------------------------------------------------------------------------------
 
-    def _pump(self, until: float) -> None:
+    def pump(self, until: float) -> None:
         """Handle what has happened, and send a frame when one is due; return after something happened, or at `until`."""
         if self.bot.closing.is_set():
             raise Closing
-        wait = min(until, self._refresh()) - time.monotonic()
+        wake_at = min(until, self.turn.refresh() if self.turn else math.inf, time.monotonic() + LOOK_SECONDS)
         try:
-            event = self._events.get(timeout=min(max(wait, 0), 60))
+            event = self._events.get(timeout=max(wake_at - time.monotonic(), 0))
             while True:
                 self._handle(*event)
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
+        if self.turn and time.monotonic() > wake_at + FROZEN_GAP:
+            self.turn.quiet_since = time.monotonic()
         if self.bot.closing.is_set():
             raise Closing
+
+    def wait(self, until: float) -> None:
+        """Pump before there is a prompt.  Raises Stopped, also out of a warm start that /new makes pointless."""
+        self.pump(until)
+        if self.turn:
+            self.turn.check_stop()
+        with self.lock:
+            if self._warming and self.waiting and self.waiting[0].command == "new":
+                raise Stopped
+
+    def rest(self, seconds: float, until_stop: bool = False) -> None:
+        """Let some time pass."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not (until_stop and self.turn and self.turn.phase is Phase.STOPPING):
+            self.pump(until)
+
+    def aside(self, work: Callable[[], Any]) -> Any:
+        """Do something that waits for the network on a thread of its own, while draft and Stop go on; return its result."""
+        outcome: list[tuple[Any, Optional[Exception]]] = []
+
+        def run() -> None:
+            try:
+                outcome.append((work(), None))
+            except Exception as error:   # handed on
+                outcome.append((None, error))
+            self.post("wake")
+
+        threading.Thread(target=run, name="aside", daemon=True).start()
+        while not outcome:
+            self.wait(math.inf)
+        result, error = outcome[0]
+        if error:
+            raise error
+        return result
 
     def _handle(self, name: str, *arguments: Any) -> None:
         """Handle one event; a notification in a form that nobody expects ends nothing."""
@@ -1699,156 +1137,407 @@ class Conversation:
                 raise
             log.exception("A notification of Kiro's can't be understood: %.500s", arguments[1:])
 
-    def wait(self, until: float) -> None:
-        """Pump before there is a prompt.  Raises Stopped, also out of a warm start that /new makes pointless."""
-        self._pump(until)
-        self.check_stop()
-        with self.lock:
-            if self._warming and self.waiting and self.waiting[0].command == "new":
-                raise Stopped
-
-    def check_stop(self) -> None:
-        if self.turn and self.turn.stop_at is not None:
-            raise Stopped
-
     def _on_wake(self) -> None:
-        """Something waits, was stopped, decided or granted; the loops see for themselves.  A message hides the draft."""
+        """Something waits, was stopped, decided, granted or done; the loops see for themselves.  A message hides the draft."""
         if self.turn:
-            self.turn.stale = True
+            self.turn.draft.hide()
 
     def _on_give_way(self, kiro: Kiro) -> None:
-        if kiro is self.link.kiro and kiro.kept_warm:
-            log.debug("Giving the warm process of %s/%s up for another topic", self.user_id, self.thread_id)
-            self.link.let_go()
-
-    def _on_model_chosen(self) -> None:
-        self._model_chosen = True
+        if kiro is self.agent.kiro and kiro.kept_warm:
+            log.debug("Giving the warm process of %s/%s up for another topic", *self.key)
+            self.agent.let_go()
 
     def _on_exit(self, kiro: Kiro) -> None:
         kiro.exit_noticed = True
-        if kiro in self.link.former:
-            self.link.former.remove(kiro)
+        if kiro in self.agent.former:
+            self.agent.former.remove(kiro)
 
     def _on_response(self, kiro: Kiro, frame: dict) -> None:
         kiro.responses[frame["id"]] = frame
 
     def _on_permission(self, kiro: Kiro, request_id: Any, params: dict) -> None:
-        permission, turn = Permission(kiro, request_id, params), self.turn
-        if kiro is not self.link.kiro or turn is None or turn.ended or turn.stop_at is not None or not permission.options:
-            return permission.answer(None)
-        turn.heard = True
-        if not self.settings.ask_permission:
-            return permission.answer(permission.option_of_kind("allow_once", "allow_always"))
-        permission.text = self._question(permission, turn)
-        with self.lock:
-            turn.permissions[permission.token] = permission
-        self.bot.permissions[permission.token] = self
+        question = Question(kiro, request_id, params)
+        if kiro is not self.agent.kiro or self.turn is None or not self.turn.takes(question):
+            question.refuse(for_good=True)
 
     def _on_notification(self, kiro: Kiro, method: str, params: dict) -> None:
         """Something between a prompt and its response, or an extension of Kiro's at any time."""
-        if method == "session/update":
-            update = params.get("update")
-            if kiro is self.link.kiro and self.turn and isinstance(update, dict):
-                self.turn.hear(update)
-                self._on_usage(update)
-        elif method.startswith("_kiro"):
-            self._on_extension(kiro, method.partition("/")[2], params)
+        if kiro is self.agent.kiro and self.turn:
+            self.turn.hear(method, params)
+        self.agent.hear(kiro, method, params)
+        self.notes.hear(method, params)
 
-    def _on_usage(self, update: dict) -> None:
-        """Context as other agents tell it."""
-        if update.get("sessionUpdate") != "usage_update":
+
+    # -- the end of a turn ---------------------------------------------------------------------------------------------
+
+    def _conclude(self, turn: Turn, outcome: Outcome) -> None:
+        """Journal the answer, then send it part by part."""
+        turn.end()
+        self.agent.known.credits = turn.answer.credits
+        self.agent.let_go()                    # a stop may have left it; Telegram may keep us for hours
+        parts = turn.answer.parts(outcome, self.notes.take(), [self.agent.nearly_full()])
+        try:
+            if turn.turn_id is None:
+                with self.lock:
+                    if not turn.messages:      # else they were taken, and could not be journaled
+                        self.move(turn.meant(self.batch()), turn)
+                turn.turn_id = self.store.begin(*self.key, [m.update_id for m in turn.messages])
+            self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], outcome.offer)
+        except StoreError as error:
+            log.error("An answer can't be journaled and is sent all the same: %s", error)
+        self.delivery.send(turn.turn_id, list(enumerate(parts)), outcome.offer)
+        how = outcome.remark.splitlines()[0] if outcome.remark else "done"
+        log.info("Turn of %s/%s: %.1f s, %s", *self.key, time.monotonic() - turn.began, how)
+
+    def _recover(self) -> None:
+        """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
+        with self.lock:
+            unfinished = self.unfinished.popleft()
+        begun = unfinished.state == "begun"
+        try:
+            if begun:
+                card = [json.dumps(part) for part in self._card(unfinished)]
+                self.store.answer(unfinished.turn_id, card, offer=True)
+            parts = [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)]
+        except StoreError as error:
+            log.error("A former turn has to wait: %s", error)
+            with self.lock:
+                self.unfinished.appendleft(unfinished)
+            return self.rest(JOURNAL_RETRY_SECONDS)
+        self.delivery.send(unfinished.turn_id, parts, unfinished.offer or begun, former=not begun)
+
+    def _card(self, unfinished: UnfinishedTurn) -> list[dict]:
+        """Return what Kiro had said, and the message that offers the turn again."""
+        asked = []
+        for row in self.store.messages_of(unfinished.turn_id):
+            try:
+                message = Incoming.from_journal(row).message
+                asked.append(words(message) or f"({message.content_type})")
+            except Exception as error:   # telebot's parsers raise anything
+                log.error("A journaled message can't be read: %r", error)
+        excerpt = shortened(" / ".join(asked), EXCERPT_LENGTH)
+        said = [{"kind": "answer", "text": unfinished.partial}] if unfinished.partial else []
+        return said + [{**plain_part(f"⚠️ I was interrupted while working on: {excerpt}"), "offer": True}]
+
+
+class Notes:
+    """What is to be said with the topic's next answer."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._said: set[str] = set()           # texts and subjects of which once is enough
+
+    def add(self, text: str, subject: str = "") -> None:
+        """Say this; of a subject only the first, since each new process tells it again."""
+        if text in self._texts or subject in self._said:
             return
-        used, size = finite(update.get("used")), finite(update.get("size"))
-        if used is not None and size:
-            self.context = 100 * used / size
+        self._texts.append(text)
+        if subject:
+            self._said.add(subject)
 
-    def _on_extension(self, kiro: Kiro, name: str, params: dict) -> None:
-        """Kiro's own notifications [acp 3.8]."""
-        turn = self.turn if kiro is self.link.kiro else None
-        if name == "metadata":
-            self._on_metadata(params)
-        elif name == "session/update" and isinstance(params.get("update"), dict) and turn:
-            kind = params["update"].get("sessionUpdate")
-            if kind == "stream_discarded":
-                turn.discard_attempt()
-            elif kind in ("retry_warning", "stream_stall_notice"):
-                turn.trouble, turn.stale = str(params["update"].get("message") or "Kiro tries again"), True
-        elif name == "error/rate_limit" and turn:
-            turn.trouble, turn.stale = str(params.get("message") or "Kiro is being rate-limited"), True
-        elif name == "compaction/status":
-            self._on_compaction(kiro, params.get("status"))
-        elif name == "clear/status":
-            self._on_forgotten(kiro)
-        elif name == "agent/not_found":
-            wanted, used = params.get("requestedAgent"), params.get("fallbackAgent")
-            self._note_once(f"Kiro has no agent {wanted!r} and uses {used!r}.")
+    def take(self) -> str:
+        """Return what there is to say, and forget it."""
+        texts, self._texts = self._texts, []
+        return "\n".join(texts)
+
+    def hear(self, method: str, params: dict) -> None:
+        """Take in what Kiro tells of its agents and servers [acp 3.8]."""
+        name, server, error = method.partition("/")[2], params.get("serverName"), params.get("error")
+        if name == "agent/not_found":
+            text = f"Kiro has no agent {params.get('requestedAgent')!r} and uses {params.get('fallbackAgent')!r}."
+            self.add(text, subject=text)
         elif name == "agent/config_error":
-            self._note_once(f"Kiro can't read an agent's configuration: {params.get('error') or json.dumps(params)}")
+            text = f"Kiro can't read an agent's configuration: {error or json.dumps(params)}"
+            self.add(text, subject=text)
         elif name == "mcp/oauth_request":
-            server, address = params.get("serverName"), params.get("oauthUrl")
-            self._note_once(f"The MCP server {server} wants you to sign in: {address}", str(server))
-        elif name == "mcp/server_initialized":
-            self._noted.discard(str(params.get("serverName")))
+            self.add(f"The MCP server {server} wants you to sign in: {params.get('oauthUrl')}", subject=f"sign in {server}")
         elif name == "mcp/server_init_failure":
-            log.warning("MCP server %s: %s", params.get("serverName"), params.get("error"))
+            log.warning("MCP server %s: %s", server, error)
+            self.add(f"ℹ️ The MCP server {server} could not be started: {error}", subject=f"failed {server}")
+        elif name == "mcp/server_initialized":
+            self._said -= {f"sign in {server}", f"failed {server}"}
 
-    def _on_metadata(self, params: dict) -> None:
-        """Context in percent, and at the end of a turn what it cost, in several entries [acp 3.8]."""
-        percent, usage = finite(params.get("contextUsagePercentage")), params.get("meteringUsage")
-        if percent is not None:
-            self.context = percent
-        if isinstance(usage, list) and self.turn:
-            values = [finite(entry.get("value")) for entry in usage if isinstance(entry, dict)]
-            self.turn.credits = sum(value for value in values if value is not None)
 
-    def _on_compaction(self, kiro: Kiro, status: Any) -> None:
-        """Kiro compacts the conversation, on /compact or by itself; a turn may say nothing else."""
-        kind, error = (status.get("type"), status.get("error")) if isinstance(status, dict) else (status, None)
-        if kind == "completed":
-            self._on_forgotten(kiro)
-        if self.turn:
-            failed = f"⚠️ The conversation could not be compacted: {error or 'Kiro does not say why'}"
-            self.turn.trouble = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
-                                 "failed": failed}.get(str(kind), "")
-            self.turn.stale = True
+class Job:
+    """What takes its place in the queue and is no prompt: /new, and /model when Kiro has to be asked."""
 
-    def _on_forgotten(self, kiro: Kiro) -> None:
-        """Kiro may have forgotten the tags."""
-        self.context_told = False
-        kiro.lesson = ""
-        if kiro.session_id:
-            self._note_facts(kiro.session_id, taught=False)
+    def __init__(self, conversation: Conversation, turn: Turn, incoming: Incoming) -> None:
+        self._conversation, self._turn, self._incoming = conversation, turn, incoming
 
-    # -- drafts --------------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Do it, and say what came of it."""
+        conversation, incoming = self._conversation, self._incoming
+        text, buttons, done = self._attempt()
+        rest = incoming.argument if incoming.command == "new" else ""      # "/new do this": the rest is a message
+        if rest and not done:
+            text += "\nThe rest of your message was not sent to Kiro."
+        self._turn.end()
+        if conversation.bot.places.in_demand():    # Telegram may keep us waiting now
+            conversation.agent.let_go()
+        try:
+            conversation.chat.say("\n".join(filter(None, [conversation.notes.take(), text])), buttons)
+        except (Refused, Unreachable) as error:    # it is done all the same: /new must not be done again at the next start
+            log.error("What became of /%s of %s/%s can't be said: %s", incoming.command, *conversation.key, error)
+        if rest and done:
+            incoming.command, incoming.message.text = "", rest
+            with conversation.lock:
+                return conversation.waiting.appendleft(incoming)
+        self._journal_done()
 
-    def _refresh(self) -> float:
-        """Send the turn's next frame if it is due; return when to look again."""
-        turn, now = self.turn, time.monotonic()
-        if turn is None or turn.ended or turn.draft_stopped:
+    def _attempt(self) -> tuple[str, Optional[Buttons], bool]:
+        """Do it; return what to say, with which buttons, and whether it was done."""
+        try:
+            text, buttons = self.DOING[self._incoming.command](self)
+            return text, buttons, self._turn.phase is not Phase.STOPPING
+        except Stopped:
+            return "⏹ Stopped.", None, False
+        except KiroFailure as failure:
+            self._conversation.agent.let_go(at_once=True)
+            return f"⚠️ {failure}{self._conversation.agent.advice(failure)}", None, False
+
+    def _new(self) -> tuple[str, None]:
+        """Make a session now, not with the next message."""
+        self._turn.doing = "Starting a new session…"
+        kiro = self._conversation.agent.begin_anew()
+        model = self._conversation.store.get_model(*self._conversation.key)
+        return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
+
+    def _model(self) -> tuple[str, Optional[Buttons]]:
+        """Answer /model when Kiro has not told its models yet."""
+        self._turn.doing = "Asking Kiro for its models…"
+        self._conversation.agent.ready()
+        return self._conversation.agent.answer_model(self._incoming.argument)
+
+    def _journal_done(self) -> None:
+        """Commit that it is done, or it would be done again at the next start."""
+        for _ in range(JOURNAL_TRIES):
+            try:
+                return self._conversation.store.done(self._incoming.update_id)
+            except StoreError as error:
+                log.error("The end of /%s can't be journaled: %s", self._incoming.command, error)
+            self._conversation.rest(JOURNAL_RETRY_SECONDS)
+
+    DOING = {"new": _new, "model": _model}
+
+
+# ======================================================================================================================
+# Turn: from taking messages to what comes of them
+# ======================================================================================================================
+
+KEEP_ALIVE_SECONDS = 20         # a draft lives for 30 seconds [tg 1.1]
+DEAF_SECONDS = 20               # for a request to be read from the pipe
+STOP_SECONDS = 5                # for Kiro to obey a cancel; 2.3 were seen [acp 3.7]
+AFTERWORD_SECONDS = 1           # for the response after a `turn_end`
+INTERRUPTED_SECONDS = 3         # for the response after INTERRUPTED, which never comes [acp 4.4]
+INTERRUPTED = "Tool uses were interrupted, waiting for the next user prompt"
+TOOL_PATIENCE = 6               # times SILENCE_SECONDS while a tool is running
+PERMISSION_SECONDS = 30 * 60
+PERMISSION_SECONDS_IN_DEMAND = 2 * 60    # while another topic waits for a place
+ASK_RETRY_SECONDS = 5
+QUESTION_LIMIT = 20_000         # UTF-16 units; room for the outcome must remain
+ARGUMENT_LIMIT = 3000           # characters of one argument of a tool call in a question
+ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
+TOOLS_KEPT = 100                # calls whose end was not told
+NOTHING_SAID = "Kiro has finished without saying anything."
+STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
+                "refusal": "ℹ️ Kiro declined to go on (refusal).",
+                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
+                "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
+
+
+class Stopped(Exception):
+    """The user has stopped the turn."""
+
+
+class Phase(Enum):
+    """Where a turn is; it is over when Kiro is done with it, although its answer may still have to be sent.
+
+        WAITING ─▶ ASKED ─▶ OVER        back from ASKED to WAITING: a process failed before it said anything
+           └─▶ STOPPING ◀─┘  ▲          (from both to STOPPING: the user has stopped it)
+                  └──────────┘
+
+    It changes under the conversation's lock; to STOPPING on any thread, else on the conversation's own.
+    """
+    WAITING, ASKED, STOPPING, OVER = range(4)
+
+
+class Outcome(NamedTuple):
+    """How a turn has ended."""
+    remark: str = ""            # to be said after the answer
+    offer: bool = False         # whether to do it again is for the user to say
+    stopped: bool = False       # the remark is the end of what was said
+
+
+class Turn:
+    """One run, from messages to an outcome.  All but `stop` runs on the conversation's thread."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation, self._agent = conversation, conversation.agent
+        self._questions, self._settings = conversation.bot.questions, conversation.bot.settings
+        self.phase = Phase.WAITING
+        self.draft, self.answer = Draft(conversation.chat), Answer()
+        self.doing = "Thinking…"               # what the draft says while Kiro says nothing
+        self.began = time.monotonic()
+        self.messages: list[Incoming] = []     # taken, not waiting any more
+        self.turn_id: Optional[int] = None     # the journal's, once begun
+        self.quiet_since = self.began          # when the clock of silence was set anew; under the questions' lock, too
+        self.store_failures = 0                # how often the database failed before it began
+        self._prompt: list[dict] = []          # as ACP content blocks
+        self._caught = 0                       # how many messages waited at a stop: it means them, not later ones
+        self._cancelled_at: Optional[float] = None   # when Kiro was told of the stop
+        self._end_by = math.inf                # the response is not expected after this
+
+    def stop(self, waiting: int) -> None:
+        """The user has stopped it, while so many messages waited.  The conversation's lock is held."""
+        self.phase, self._caught = Phase.STOPPING, waiting          # WAITING, ASKED -> STOPPING
+
+    def check_stop(self) -> None:
+        """Raise Stopped if it was stopped."""
+        if self.phase is Phase.STOPPING:
+            raise Stopped
+
+    def meant(self, batch: list[Incoming]) -> list[Incoming]:
+        """Return the waiting messages that a turn ends without Kiro: a stop means those that were there."""
+        return batch[:self._caught] if self._caught else batch
+
+    def end(self) -> None:
+        """Kiro is done with it."""
+        with self.conversation.lock:
+            self.phase = Phase.OVER            # WAITING, ASKED, STOPPING -> OVER
+        self._questions.refuse_all(self, "the turn is over")
+
+    def hear(self, method: str, params: dict) -> None:
+        """Take in a notification."""
+        self.answer.hear(method, params)
+        if self.answer.grace is None:
+            self._end_by = math.inf
+        elif self._end_by == math.inf:
+            self._end_by = time.monotonic() + self.answer.grace
+
+    def takes(self, question: Question) -> bool:
+        """Ask this question, or allow what it is about; return False when it comes too late or can't be asked."""
+        if self.phase is not Phase.ASKED or not question.options:
+            return False
+        self.answer.heard = True
+        if not self._settings.ask_permission:
+            question.answer(question.option_of_kind("allow_once", "allow_always"))
+            return True
+        question.put(self, self.answer.describe(question.tool_call))
+        self._questions.add(question)
+        return True
+
+    # -- what is shown -------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> float:
+        """Send the next frame if it is due; return when to look again."""
+        if self.phase is Phase.OVER:
             return math.inf
-        if turn.frame_at is not None:
-            due = now if turn.stale else turn.frame_at + KEEP_ALIVE_SECONDS
-            if now < due:
-                return due
-        wait = self.chat.frame_wait(turn.frame_at, now)
-        if wait:
-            return now + wait
-        turn.frame_at = now
-        said, _ = visible_text(turn.text(), still_coming=True)
-        turn.stale = not self.chat.frame(turn.draft_id, said, self._draft_status(turn))
-        return time.monotonic()
+        return self.draft.refresh(self.answer, self.status())
 
-    def _draft_status(self, turn: Turn) -> str:
+    def status(self) -> str:
         """Return the draft's last line: what Kiro does, or what it waits for."""
-        if turn.stop_at is not None:
+        if self.phase is Phase.STOPPING:
             return "⏹ Stopping…"
-        if turn.permissions:
+        if self._questions.of(self):
             return "❓ Waiting for your decision"
-        if turn.running:
-            return f"🔧 {list(turn.running.values())[-1]}"
-        return turn.trouble or ("" if turn.length else turn.status)
+        if self.answer.running:
+            return f"🔧 {self.answer.running}"
+        return self.answer.trouble or ("" if self.answer.length else self.doing)
 
-    # -- the prompt ----------------------------------------------------------------------------------------------------
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Bring the waiting messages to Kiro and hear it out.  Raises Closing, and StoreError when it has not begun."""
+        try:
+            return self._ask_or_again()
+        except Stopped:
+            if self.turn_id is not None:
+                return Outcome("⏹ Stopped.", stopped=True)
+            return Outcome("⏹ Stopped before Kiro began.", offer=True, stopped=True)
+        except KiroFailure as failure:
+            if self.phase is Phase.STOPPING:
+                return Outcome("⏹ Stopped.", stopped=True)
+            return Outcome(f"⚠️ {failure}{self._agent.advice(failure)}", offer=True)
+        except Closing:
+            raise
+        except Exception as error:   # a bug: it must not cost what Kiro has said, nor the message
+            if self.conversation.bot.closing.is_set():
+                raise Closing from error
+            if isinstance(error, StoreError) and self.turn_id is None:
+                raise
+            log.error("A turn of %s/%s: %r", *self.conversation.key, error, exc_info=not isinstance(error, StoreError))
+            self._agent.let_go(at_once=True)
+            return Outcome(f"⚠️ Something went wrong here: {error}.", offer=True)
+
+    def _ask_or_again(self) -> Outcome:
+        """Ask Kiro; a process that fails before it said anything is replaced once."""
+        warm = self._agent.kiro
+        try:
+            return self._ask()
+        except KiroFailure as failure:
+            used = self._agent.kiro
+            self._agent.let_go(at_once=not isinstance(failure, KiroRefusal))
+            outlived_login = used is warm and isinstance(failure, KiroRefusal) and NOT_LOGGED_IN.search(str(failure))
+            if not (failure.again or outlived_login) or self.answer.heard or self.phase is Phase.STOPPING:
+                raise
+            log.warning("Once more for %s/%s: %s", *self.conversation.key, failure)
+        with self.conversation.lock:
+            self.check_stop()
+            self.phase = Phase.WAITING         # ASKED -> WAITING
+        return self._ask()
+
+    def _ask(self) -> Outcome:
+        """Get a process, send the prompt, listen."""
+        kiro = self._agent.ready()
+        if self.turn_id is None:
+            self._wait_for_rest()
+            self._take(kiro)
+            self._begin()
+        lesson = self._agent.lesson(wanted=not self.messages[0].command)
+        with self.conversation.lock:
+            self.check_stop()                  # the last moment at which Kiro need not hear of it
+            self.phase = Phase.ASKED           # WAITING -> ASKED
+        request_id, self.quiet_since = kiro.prompt(self._prompt + lesson)
+        return self._listen(kiro, request_id)
+
+    def _wait_for_rest(self) -> None:
+        """Wait a moment for the rest of an album or of a split text."""
+        while True:
+            with self.conversation.lock:
+                last = self.conversation.batch()[-1]
+            until = last.arrived + JOIN_SECONDS
+            if not last.may_continue or time.monotonic() >= until:
+                return
+            self.conversation.wait(until)
+
+    def _take(self, kiro: Kiro) -> None:
+        """Turn waiting messages into the prompt."""
+        conversation = self.conversation
+        while True:
+            with conversation.lock:
+                batch = conversation.batch()
+            self._prompt = self._compose(kiro, batch)
+            with conversation.lock:
+                self.check_stop()
+                if all(old is now for old, now in zip(batch, conversation.waiting)):     # else one was edited meanwhile
+                    return conversation.move(batch, self)
+
+    def _begin(self) -> None:
+        """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
+        conversation, told = self.conversation, False
+        for _ in range(JOURNAL_TRIES):
+            try:
+                self.turn_id = conversation.store.begin(*conversation.key, [m.update_id for m in self.messages])
+                return None if self.messages[0].command else conversation.delivery.unsent.clear()      # Kiro hears of them now
+            except StoreError as error:
+                log.error("A turn can't be journaled: %s", error)
+                if not told:
+                    told = True
+                    conversation.bot.errand(conversation.key, conversation.tell, f"⚠️ I can't write my journal ({error}), "
+                                            "so Kiro has to wait. I'll keep trying.")
+            conversation.rest(JOURNAL_RETRY_SECONDS, until_stop=True)
+            self.check_stop()
+        raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
 
     def _compose(self, kiro: Kiro, batch: list[Incoming]) -> list[dict]:
         """Return the messages as ACP content blocks; their files are downloaded first."""
@@ -1861,8 +1550,8 @@ class Conversation:
         if text.startswith("/"):               # a caption for one: no command, but Kiro would take it for one
             text = f"[Message:]\n{text}"
         blocks = [{"type": "text", "text": text}]
-        if self._unsent:
-            blocks.append({"type": "text", "text": "[From the bot: not sent to the user: " + "; ".join(self._unsent) + "]"})
+        if unsent := self.conversation.delivery.unsent:
+            blocks.append({"type": "text", "text": f"[From the bot: not sent to the user: {'; '.join(unsent)}]"})
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
 
     def _download(self, kiro: Kiro, incoming: Incoming) -> list[Attachment]:
@@ -1871,530 +1560,198 @@ class Conversation:
         if file is None:
             return []
         try:
-            chunks = self._attended(self.chat.download(file), self.turn)
-            path = self._aside(lambda: save(chunks, kiro.workspace, file.name))
-        except (Refused, Unreachable, TooManyRequests, OSError) as error:
+            chunks = self._attended(self.conversation.chat.download(file))
+            path = self.conversation.aside(lambda: save(chunks, kiro.workspace, file.name))
+        except (TelegramError, OSError) as error:
             reason = getattr(error, "description", None) or getattr(error, "strerror", None) or str(error)
-            log.warning("A file of %s/%s could not be had: %s", self.user_id, self.thread_id, reason)
-            self.note(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
+            log.warning("A file of %s/%s could not be had: %s", *self.conversation.key, reason)
+            self.conversation.notes.add(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
             return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
         return [Attachment(path, "", file.is_image)]
 
-    def _attended(self, chunks: Iterator[bytes], turn: Turn) -> Iterator[bytes]:
-        """Pass a download on until the turn is stopped or the time is up."""
+    def _attended(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass a download on until the turn is stopped or the time is up.  Runs aside."""
         limit = time.monotonic() + DOWNLOAD_SECONDS
         for chunk in chunks:
-            if turn.stop_at is not None or self.bot.closing.is_set():
+            if self.phase is not Phase.WAITING or self.conversation.bot.closing.is_set():
                 raise Unreachable("it was stopped")
             if time.monotonic() > limit:
                 raise Unreachable(f"the download took more than {DOWNLOAD_SECONDS // 60} minutes")
             yield chunk
 
-    def _aside(self, work: Callable[[], Any]) -> Any:
-        """Do something that waits for the network on a thread of its own, while draft and Stop go on; return its result."""
-        outcome: list[tuple[Any, Optional[Exception]]] = []
-
-        def run() -> None:
-            try:
-                outcome.append((work(), None))
-            except Exception as error:   # handed on
-                outcome.append((None, error))
-            self.post("done_aside")
-
-        threading.Thread(target=run, name="aside", daemon=True).start()
-        while not outcome:
-            self.wait(math.inf)
-        result, error = outcome[0]
-        if error:
-            raise error
-        return result
-
-    def _on_done_aside(self) -> None:
-        """The loop in `_aside` sees for itself."""
-
-    # -- a turn --------------------------------------------------------------------------------------------------------
-
-    def _run_turn(self, turn: Turn) -> tuple[str, bool]:
-        """Bring the waiting messages to Kiro and hear it out; return a remark for the answer's end, and whether to offer
-        the turn again."""
-        try:
-            return self._prompt_or_again(turn), False
-        except Stopped:
-            begun = turn.turn_id is not None
-            return ("⏹ Stopped." if begun else "⏹ Stopped before Kiro began."), not begun
-        except KiroFailure as failure:
-            if turn.stop_at is not None:
-                return "⏹ Stopped.", False
-            return f"⚠️ {failure}{self.advice(failure)}", True
-        except (NoPlace, Closing):
-            raise
-        except Exception as error:   # a bug: it must not cost what Kiro has said, nor the message
-            if self.bot.closing.is_set():
-                raise Closing from error
-            if isinstance(error, StoreError) and turn.turn_id is None:
-                raise
-            log.error("A turn of %s/%s: %r", *self.key, error, exc_info=not isinstance(error, StoreError))
-            self.link.let_go(at_once=True)
-            return f"⚠️ Something went wrong here: {error}.", True
-
-    def _prompt_or_again(self, turn: Turn, once_more: bool = True) -> str:
-        """Prompt; a process that fails before it said anything is replaced once."""
-        try:
-            return self._prompt(turn)
-        except KiroFailure as failure:
-            self.link.let_go(at_once=not isinstance(failure, KiroRefusal))
-            if not once_more or not failure.again or turn.heard or turn.stop_at is not None:
-                raise
-            log.warning("Once more for %s/%s: %s", self.user_id, self.thread_id, failure)
-        turn.ended, turn.end_by = False, math.inf
-        return self._prompt_or_again(turn, once_more=False)
-
-    def advice(self, failure: KiroFailure) -> str:
-        """Return what to do about it, when there is something more to say than to ask again."""
-        text = str(failure)
-        if NOT_LOGGED_IN.search(text):
-            return "\nOn the server, as the bot's user: kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
-        if not isinstance(failure, KiroRefusal) or PASSING.search(text):
-            return ""
-        same = re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
-        self._refusals = [r for r in self._refusals if r == same] + [same]
-        if len(self._refusals) >= 2:
-            return "\nThis session refuses every message in the same way. /new starts a fresh one, /compact may help too."
-        return ""
-
-    def _prompt(self, turn: Turn) -> str:
-        """Get a process, send the prompt, listen; return the remark."""
-        warm, kiro = self.link.kiro, self.link.ready()
-        if turn.turn_id is None:
-            self._take(kiro, turn)
-        try:
-            return self._listen(kiro, turn)
-        except KiroRefusal as refusal:      # a warm process may have outlived its login
-            refusal.again = kiro is warm and bool(NOT_LOGGED_IN.search(str(refusal)))
-            raise
-
-    def _batch(self) -> list[Incoming]:
-        """Return what goes as one prompt: commands alone, everything else up to the next command."""
-        batch: list[Incoming] = []
-        for incoming in self.waiting:
-            if incoming.goes_alone:
-                return batch or [incoming]
-            batch.append(incoming)
-        return batch
-
-    def _move(self, batch: list[Incoming], turn: Turn) -> None:
-        """Make the messages that wait longest the turn's.  The lock is held."""
-        for _ in batch:
-            self.waiting.popleft()
-        turn.messages = batch
-
-    def _take(self, kiro: Kiro, turn: Turn) -> None:
-        """Turn waiting messages into the turn's prompt, and journal that it has begun."""
-        self._wait_for_rest()
-        while True:
-            with self.lock:
-                batch = self._batch()
-            turn.prompt = self._compose(kiro, batch)
-            with self.lock:
-                self.check_stop()
-                if all(old is now for old, now in zip(batch, self.waiting)):     # else one was edited meanwhile
-                    self._move(batch, turn)
-                    self._burst_seen = False
-                    break
-        turn.turn_id = self._journal_begin(batch)
-        if not batch[0].command:
-            self._unsent.clear()               # Kiro hears of them now
-
-    def _wait_for_rest(self) -> None:
-        """Wait a moment for the rest of an album or of a split text."""
-        while True:
-            with self.lock:
-                last = self._batch()[-1]
-            until = last.arrived + JOIN_SECONDS
-            if not last.may_continue or time.monotonic() >= until:
-                return
-            self.wait(until)
-
-    def _journal_begin(self, batch: list[Incoming]) -> int:
-        """Commit that the turn begins.  While the disk is full nothing is begun: what can't be noted could run twice."""
-        told = False
-        for _ in range(JOURNAL_TRIES):
-            try:
-                return self.store.begin(self.user_id, self.thread_id, [m.update_id for m in batch])
-            except StoreError as error:
-                log.error("A turn can't be journaled: %s", error)
-                if not told:
-                    told = True
-                    self.bot.errand(self.key, self.tell,
-                                    f"⚠️ I can't write my journal ({error}), so Kiro has to wait. I'll keep trying.")
-            until = time.monotonic() + JOURNAL_RETRY_SECONDS
-            while time.monotonic() < until:
-                self.wait(until)
-        raise KiroFailure("My journal can't be written. Ask whoever runs this bot to look at its disk.")
-
-    def _journal_done(self, incoming: Incoming) -> None:
-        """Commit that a job is done, which would be done again at the next start."""
-        for _ in range(JOURNAL_TRIES):
-            try:
-                return self.store.done(incoming.update_id)
-            except StoreError as error:
-                log.error("The end of /%s can't be journaled: %s", incoming.command, error)
-            self._rest(JOURNAL_RETRY_SECONDS)
-
-    def _listen(self, kiro: Kiro, turn: Turn) -> str:
-        """Send the prompt and hear Kiro out.  The response ends the turn [acp 3.4]."""
-        command = turn.messages[0].command if turn.messages else ""
-        known = self.store.get_facts(kiro.session_id)[1]
-        lesson = [] if known or command else [{"type": "text", "text": LESSON}]
-        turn.end_by = math.inf
-        turn.running.clear()
-        self.check_stop()                      # the last moment at which Kiro need not hear of it
-        request_id, turn.prompted_at = kiro.prompt(turn.prompt + lesson)
-        kiro.lesson = "sent" if lesson else "known" if known else ""
+    def _listen(self, kiro: Kiro, request_id: int) -> Outcome:
+        """Hear Kiro out.  The response ends the turn [acp 3.4]."""
+        asked_at, self._end_by = self.quiet_since, math.inf
+        glance = min(DEAF_SECONDS, self._settings.silence_seconds) / 4
         while request_id not in kiro.responses:
             now = time.monotonic()
-            if now >= turn.end_by or kiro.exit_noticed and turn.end_by < math.inf:
-                log.info("No response after the end of a turn of %s/%s", self.user_id, self.thread_id)
-                return self._ended(kiro, turn, {})
-            self.link.check_alive(kiro, turn.prompted_at)
-            self._pump(min(self._obey_stop(kiro, turn, now), self._watch_silence(kiro, turn, now),
-                           self._tend_permissions(turn, now), turn.end_by,
-                           now + min(DEAF_SECONDS, self.settings.silence_seconds) / 4))
+            if now >= self._end_by or kiro.exit_noticed and self._end_by < math.inf:
+                log.info("No response after the end of a turn of %s/%s", *self.conversation.key)
+                return self._ended(kiro, {})
+            self._agent.check_alive(kiro, asked_at)
+            self.conversation.pump(min(self._obey_stop(kiro, now), self._watch_silence(kiro, now), self._end_by,
+                                        self._tend_questions(now), now + glance))
         frame = kiro.responses.pop(request_id)
-        if "error" in frame:
-            self._ended(kiro, turn, {"stopReason": "error"})
-            if turn.stop_at is not None:
-                raise Stopped
-            raise KiroRefusal(frame["error"])
-        return self._ended(kiro, turn, frame["result"] if isinstance(frame.get("result"), dict) else {})
+        if "error" not in frame:
+            return self._ended(kiro, frame["result"] if isinstance(frame.get("result"), dict) else {})
+        self.check_stop()
+        raise KiroRefusal(frame["error"])
 
-    def _ended(self, kiro: Kiro, turn: Turn, result: dict) -> str:
-        """Kiro is done with the turn: let its process go, note what is known of the session; return the remark."""
-        turn.ended = True
-        self._refuse_all("the turn is over")
+    def _ended(self, kiro: Kiro, result: dict) -> Outcome:
+        """Kiro is done with the turn: let its process go, note what is known of the session; return what there is to say."""
+        self.end()
         kiro.turn_open = False
-        self.link.let_go()
-        reason = result.get("stopReason")
-        if reason == "error":
-            return ""
-        self._refusals.clear()
-        self._note_facts(kiro.session_id, taught=kiro.lesson == "known" or kiro.lesson == "sent" and reason == "end_turn")
-        if turn.cancelled_at is not None:
+        self._agent.let_go()
+        reason = str(result.get("stopReason"))
+        self._agent.turn_ended(kiro, properly=reason == "end_turn")
+        if self._cancelled_at is not None:
             raise Stopped
-        return STOP_REASONS.get(reason, "")
+        return Outcome(STOP_REASONS.get(reason, ""), offer=reason == "cancelled")
 
-    def _note_facts(self, session_id: str, taught: bool) -> None:
-        """Note that the session has a history, and whether Kiro knows the tags; no reason to lose an answer."""
-        try:
-            self.store.set_facts(session_id, ended=True, taught=taught)
-        except StoreError as error:
-            log.error("What is known of a session can't be noted: %s", error)
-
-    def _obey_stop(self, kiro: Kiro, turn: Turn, now: float) -> float:
+    def _obey_stop(self, kiro: Kiro, now: float) -> float:
         """Pass a stop on to Kiro, and end a Kiro that does not obey; return when to look again."""
-        if turn.stop_at is None:
+        if self.phase is not Phase.STOPPING:
             return math.inf
-        if turn.cancelled_at is None:
-            turn.cancelled_at, turn.stale = now, True
-            self._refuse_all("stopped")
+        if self._cancelled_at is None:
+            self._cancelled_at = now
+            self._questions.refuse_all(self, "stopped")
             kiro.cancel()
-        if now >= turn.cancelled_at + STOP_SECONDS:
-            turn.ended = True
-            self.link.let_go(at_once=True)
+        if now >= self._cancelled_at + STOP_SECONDS:
+            self._agent.let_go(at_once=True)
             raise Stopped
-        return turn.cancelled_at + STOP_SECONDS
+        return self._cancelled_at + STOP_SECONDS
 
-    def _watch_silence(self, kiro: Kiro, turn: Turn, now: float) -> float:
+    def _tend_questions(self, now: float) -> float:
+        """Ask what has not been asked, refuse what was not answered in time; return when to look again."""
+        in_demand = self.conversation.bot.places.in_demand()
+        return self._questions.tend(self, now, PERMISSION_SECONDS_IN_DEMAND if in_demand else PERMISSION_SECONDS)
+
+    def _watch_silence(self, kiro: Kiro, now: float) -> float:
         """End a Kiro that says nothing for too long; return when to look again."""
-        if turn.permissions or turn.end_by < math.inf:
+        if self._questions.of(self) or self._end_by < math.inf:
             return math.inf
-        patience = self.settings.silence_seconds * (TOOL_PATIENCE if turn.running else 1)
-        limit = max(kiro.heard_at, turn.prompted_at) + patience
+        patience = self._settings.silence_seconds * (TOOL_PATIENCE if self.answer.running else 1)
+        limit = max(kiro.heard_at, self.quiet_since) + patience
         if now >= limit:
-            raise KiroSilent(f"Kiro said nothing for {patience:.0f} s, so I ended it.")
+            raise KiroFailure(f"Kiro said nothing for {patience:.0f} s, so I ended it.")
         return limit
 
-    # -- the end of a turn ---------------------------------------------------------------------------------------------
 
-    def _conclude(self, turn: Turn, remark: str, offer: bool) -> None:
-        """Journal the answer, then send it part by part."""
-        turn.ended = True
-        self._refuse_all("the turn is over")
-        self.credits = turn.credits
-        self.link.let_go()                     # a stop may have left it; Telegram may keep us for hours
-        parts = self._answer_parts(turn, remark, offer)
-        try:
-            if turn.turn_id is None:
-                with self.lock:
-                    if not turn.messages:      # else they were taken, and could not be journaled
-                        self._move(self._caught(turn), turn)
-                turn.turn_id = self.store.begin(self.user_id, self.thread_id, [m.update_id for m in turn.messages])
-            self.store.answer(turn.turn_id, [json.dumps(part) for part in parts], offer)
-        except StoreError as error:
-            log.error("An answer can't be journaled and is sent all the same: %s", error)
-        self._deliver(turn.turn_id, list(enumerate(parts)), offer)
-        how = remark.splitlines()[0] if remark else "done"
-        log.info("Turn of %s/%s: %.1f s, %s", self.user_id, self.thread_id, time.monotonic() - turn.began, how)
+class Question:
+    """A tool call that Kiro asks about."""
 
-    def _caught(self, turn: Turn) -> list[Incoming]:
-        """Return the waiting messages that a turn ends without Kiro: a stop means those that were there."""
-        batch = self._batch()
-        return batch if turn.stop_at is None else batch[:max(turn.caught, 1)]
+    def __init__(self, kiro: Kiro, request_id: Any, params: dict) -> None:
+        self.token = THIS_RUN + secrets.token_hex(4)
+        self._kiro, self._request_id = kiro, request_id        # Kiro's, echoed as it came
+        options, tool_call = params.get("options"), params.get("toolCall")
+        self.options = [o for o in options if isinstance(o, dict) and "optionId" in o] if isinstance(options, list) else []
+        self.tool_call = tool_call if isinstance(tool_call, dict) else {}
+        self.turn: Optional[Turn] = None       # whose it is, once it is put
+        self.text = ""
+        self.message_id: Optional[int] = None  # once it is in the topic
+        self.asked_at = self.try_at = time.monotonic()     # when Kiro asked; when to try to ask the user (again)
 
-    def _answer_parts(self, turn: Turn, remark: str, offer: bool) -> list[dict]:
-        """Return the answer for the journal: notes, what Kiro said, remarks."""
-        text, remarks = turn.text(), [remark] if remark else []
-        said = [{"kind": "answer", "text": text}] if text.strip() else []
-        if remark.startswith("⏹") and said:
-            said[0]["end"], remarks = remark, []
-        if turn.cut:
-            remarks.append(f"⚠️ The answer went on after {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
-        if not said and not remarks:
-            remarks.append(turn.trouble or NOTHING_SAID)
-        if self.context is not None and self.context >= FULL_CONTEXT and not self.context_told:
-            self.context_told = True
-            remarks.append(f"ℹ️ {self.context:.0f} % of this session's context is used. "
-                           "/compact shortens it, /new starts afresh.")
-        notes, self._notes = self._notes, []
-        parts = plain_parts("\n".join(notes)) + said + plain_parts("\n\n".join(remarks))
-        if offer:
-            parts[-1]["buttons"] = "offer"
-        return parts
+    def put(self, turn: Turn, text: str) -> None:
+        """It is to be asked in this turn's topic."""
+        self.turn, self.text = turn, text
 
-    def _deliver(self, turn_id: Optional[int], parts: list[tuple[int, dict]], offer: bool, former: bool = False) -> None:
-        """Send the parts in order, and tick each off when Telegram has confirmed it; `former`: a former run began it."""
-        left = deque(parts)
-        try:
-            while left:
-                position, part = left.popleft()
-                pieces = self._pieces(part, former) if part["kind"] == "answer" else self._send_part(turn_id, position, part)
-                if pieces:
-                    left = deque(enumerate([*pieces, *(part for _, part in left)]))
-                    self._rejournal(turn_id, [part for _, part in left])
-            if turn_id is not None:
-                self.store.finish(turn_id, offer)
-        except Unreachable as error:
-            log.error("An answer to %s/%s stays in the journal: %s", self.user_id, self.thread_id, error)
-        except StoreError as error:
-            log.error("The end of a turn can't be journaled: %s", error)
+    def option_of_kind(self, *kinds: str) -> Optional[str]:
+        """Return the id of the first option of these kinds; ids differ between versions [acp 3.6]."""
+        return next((option["optionId"] for kind in kinds for option in self.options if option.get("kind") == kind), None)
 
-    def _rejournal(self, turn_id: Optional[int], parts: list[dict]) -> None:
-        """Journal the parts that are left in their new form; no reason not to send them."""
-        try:
-            if turn_id is not None:
-                self.store.set_parts(turn_id, [json.dumps(part) for part in parts])
-        except StoreError as error:
-            log.error("The parts of an answer can't be journaled: %s", error)
+    def answer(self, option_id: Optional[str]) -> None:
+        """Answer Kiro; None cancels."""
+        outcome = {"outcome": "cancelled"} if option_id is None else {"outcome": "selected", "optionId": option_id}
+        self._kiro.respond(self._request_id, {"outcome": outcome})
 
-    def _pieces(self, answer: dict, former: bool) -> list[dict]:
-        """Return the messages and files that an answer becomes.
+    def refuse(self, for_good: bool) -> None:
+        """Refuse: this call only, or `for_good` as at the end of the turn, which some agents take a cancel for."""
+        self.answer(None if for_good else self.option_of_kind("reject_once", "reject_always"))
 
-        That it still stands in the journal as Kiro gave it means that a former run could not format it: it goes as it is.
-        """
-        if former:
-            pieces = plain_parts(answer["text"], simple_pieces)
-        else:
-            pieces = self._formatted(answer["text"], answer.get("end", ""))
-        if "buttons" in answer:
-            pieces[-1]["buttons"] = answer["buttons"]
-        return pieces
 
-    def _formatted(self, text: str, end: str) -> list[dict]:
-        """Return the text, with a remark at its end, as parts, and the files that it names."""
-        try:
-            shown, files = visible_text(text)
-            shown = f"{close_code(shown)}\n\n{end}" if end and shown.strip() else shown if shown.strip() else end
-            pieces = self.chat.parts(shown) if shown else []
-        except Exception:   # a bug there must not cost an answer
-            log.exception("An answer can't be formatted and is sent as it is")
-            return plain_parts(text, simple_pieces)
-        return pieces + [{"kind": "file", "path": path, "caption": caption} for path, caption in files] or plain_parts(NOTHING_SAID)
+class Questions:
+    """The open questions of all turns.  Whoever takes one out of here answers it.
 
-    def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> list[dict]:
-        """Send a part and tick it off; return what Telegram is to get instead, if it did not take it as it is."""
-        self.sending = True
-        try:
-            if part["kind"] == "file":
-                pieces = self._send_file(part)
-            else:
-                pieces = self.chat.send(part, self._offered(turn_id, part))
-            if not pieces and turn_id is not None:
-                self.store.tick(turn_id, position)
-            return pieces
-        except StoreError as error:
-            log.error("A part that was sent can't be ticked off: %s", error)
-            return []
-        finally:
-            self.sending = False
+    `decide` runs on the poll thread, everything else on the thread of the question's conversation.
+    """
 
-    def _offered(self, turn_id: Optional[int], part: dict) -> Optional[Buttons]:
-        """Return the buttons below a part that offers its turn again."""
-        if turn_id is None or part.get("buttons") != "offer":
+    def __init__(self, errand: Callable[..., None]) -> None:
+        self._errand = errand
+        self._open: dict[str, Question] = {}
+        self._lock = threading.Lock()
+
+    def add(self, question: Question) -> None:
+        """Take in a question that is to be asked."""
+        with self._lock:
+            self._open[question.token] = question
+
+    def of(self, turn: Turn) -> list[Question]:
+        """Return a turn's open questions."""
+        with self._lock:
+            return [question for question in self._open.values() if question.turn is turn]
+
+    def _take(self, question: Question) -> bool:
+        """Close a question; the clock of silence starts anew.  False: somebody else did."""
+        with self._lock:
+            question.turn.quiet_since = time.monotonic()
+            return self._open.pop(question.token, None) is not None
+
+    def decide(self, user_id: int, token: str, index: int, message_id: int) -> Optional[str]:
+        """Answer a question; return the option's name, or None when it is over or somebody else's."""
+        with self._lock:
+            question = self._open.get(token)
+        conversation = question.turn.conversation if question else None
+        if conversation is None or conversation.key[0] != user_id or index >= len(question.options):
             return None
-        return [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]]
+        if question.turn.phase is Phase.STOPPING or not self._take(question):
+            return None
+        option = question.options[index]
+        question.answer(option["optionId"])
+        choice = whole_characters(f"→ {option.get('name') or option['optionId']}")
+        self._settle(question, choice, message_id)
+        conversation.post("wake")
+        return choice
 
-    def _send_file(self, part: dict) -> list[dict]:
-        """Send a file; return a message in its place if that can't be."""
-        try:
-            refusal = self.chat.send_file(part["path"], part["caption"], self.link.workspace())
-        except (StoreError, KiroFailure) as error:
-            refusal = f"its folder is not to be had: {error}"
-        if not refusal:
-            return []
-        self._unsent.append(f"{part['path']}: {refusal}")
-        return plain_parts(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
-
-    def _recover(self) -> None:
-        """Finish a former run's turn: send what is missing, or offer what was cut off; never run it again unasked."""
-        with self.lock:
-            unfinished = self.unfinished.popleft()
-        try:
-            if unfinished.state == "begun":
-                card = self._card(unfinished)
-                self.store.answer(unfinished.turn_id, [json.dumps(part) for part in card], offer=True)
-            offer = unfinished.offer or unfinished.state == "begun"
-            parts = [(position, json.loads(body)) for position, body in self.store.parts(unfinished.turn_id)]
-        except StoreError as error:
-            log.error("A former turn has to wait: %s", error)
-            with self.lock:
-                self.unfinished.appendleft(unfinished)
-            return self._rest(JOURNAL_RETRY_SECONDS)
-        self._deliver(unfinished.turn_id, parts, offer, former=unfinished.state == "answered")
-
-    def _rest(self, seconds: float) -> None:
-        """Let some time pass."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            self._pump(until)
-
-    def _card(self, unfinished: UnfinishedTurn) -> list[dict]:
-        """Return what Kiro had said, and the message that offers the turn again."""
-        asked = []
-        for row in self.store.messages_of(unfinished.turn_id):
-            try:
-                message = Incoming.from_journal(row).message
-                asked.append(words(message) or f"({message.content_type})")
-            except Exception as error:   # telebot's parsers raise anything
-                log.error("A journaled message can't be read: %r", error)
-        excerpt = " / ".join(asked)
-        excerpt = excerpt if len(excerpt) <= 300 else excerpt[:300] + "…"
-        said = [{"kind": "answer", "text": unfinished.partial}] if unfinished.partial else []
-        return said + [{**plain_part(f"⚠️ I was interrupted while working on: {excerpt}"), "buttons": "offer"}]
-
-    # -- jobs and warm starts ------------------------------------------------------------------------------------------
-
-    def _serve_job(self, turn: Turn, incoming: Incoming) -> None:
-        """Do what is no prompt: /new, and /model when Kiro has to be asked."""
-        job, rest = (self._serve_new, incoming.argument) if incoming.command == "new" else (self._serve_model, "")
-        done = False
-        try:
-            text, buttons = job(turn, incoming)
-            done = turn.stop_at is None
-        except Stopped:
-            text, buttons = "⏹ Stopped.", None
-        except KiroFailure as failure:
-            self.link.let_go(at_once=True)
-            text, buttons = f"⚠️ {failure}{self.advice(failure)}", None
-        if rest and not done:
-            text += "\nThe rest of your message was not sent to Kiro."
-        turn.ended = True
-        if self.places.in_demand():            # Telegram may keep us waiting now
-            self.link.let_go()
-        notes, self._notes = self._notes, []
-        try:
-            self.chat.say("\n".join([*notes, text]), buttons)
-        except (Refused, Unreachable) as error:    # it is done all the same: /new must not be done again at the next start
-            log.error("What became of /%s of %s/%s can't be said: %s", incoming.command, self.user_id, self.thread_id, error)
-        if rest and done:                      # "/new do this": the rest is a message
-            incoming.command, incoming.message.text = "", rest
-            with self.lock:
-                return self.waiting.appendleft(incoming)
-        self._journal_done(incoming)
-
-    def _serve_new(self, turn: Turn, incoming: Incoming) -> tuple[str, None]:
-        """Make a session now, not with the next message; return a text and no buttons."""
-        turn.status = "Starting a new session…"
-        kiro = self.link.begin_anew()
-        model = self.store.get_model(self.user_id, self.thread_id)
-        return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
-
-    def _serve_model(self, turn: Turn, incoming: Incoming) -> tuple[str, Optional[Buttons]]:
-        """Answer /model when Kiro has not told its models yet; return a text and buttons."""
-        turn.status = "Asking Kiro for its models…"
-        self.link.ready()
-        return self.answer_model(incoming.argument)
-
-    def _warm_up(self) -> None:
-        """Start the next process of this thread early, to hide the seconds that start and load take [acp 4.3]."""
-        if self.turn:                # it starts what it needs
-            return
-        if not self.settings.warm_seconds or self._refusals:
-            return self.link.let_go()
-        self._warm_until = time.monotonic() + self.settings.warm_seconds
-        self._warming = True
-        try:
-            self.link.ready()
-        except KiroFailure as failure:
-            log.warning("No warm process for %s/%s: %s", self.user_id, self.thread_id, failure)
-            self.link.let_go(at_once=True)
-        finally:
-            self._warming = False
-
-    # -- permissions ---------------------------------------------------------------------------------------------------
-
-    def _question(self, permission: Permission, turn: Turn) -> str:
-        """Say what Kiro wants to do: the title, and the command or the file itself."""
-        call = {**turn.tools.get(str(permission.tool_call.get("toolCallId")), {}), **permission.tool_call}
-        lines = [f"❓ Kiro asks: {call.get('title') or call.get('kind') or 'may it use a tool'}"]
-        raw = call.get("rawInput") if isinstance(call.get("rawInput"), dict) else {}
-        locations = call.get("locations") if isinstance(call.get("locations"), list) else []
-        places = [place for place in locations if isinstance(place, dict)]
-        for detail in [*(raw.get(key) for key in ("command", "path", "file_path", "url")), *(p.get("path") for p in places)]:
-            if isinstance(detail, str) and detail not in lines and not lines[0].endswith(f": {detail}"):
-                lines.append(detail)
-        text = in_plain_sight("\n".join(lines))
-        if len(text) <= QUESTION_LIMIT:
-            return text
-        return f"{text[:QUESTION_LIMIT]}\n⚠️ {len(text) - QUESTION_LIMIT} more characters are not shown."
-
-    def _tend_permissions(self, turn: Turn, now: float) -> float:
+    def tend(self, turn: Turn, now: float, patience: float) -> float:
         """Ask what has not been asked, refuse what was not answered in time; return when to look again."""
-        limit = PERMISSION_SECONDS_IN_DEMAND if self.places.in_demand() else PERMISSION_SECONDS
         look_again = math.inf
-        for permission in list(turn.permissions.values()):
-            if now >= permission.asked_at + limit:
-                self._refuse(permission, f"nobody answered for {limit // 60} minutes")
-            elif permission.message_id is None and now >= permission.try_at:
-                self._ask(permission)
-                turn.stale = True
-            due = permission.asked_at + limit if permission.message_id else permission.try_at
+        for question in self.of(turn):
+            if now >= question.asked_at + patience:
+                self._refuse(question, f"nobody answered for {patience // 60:.0f} minutes", for_good=False)
+            elif question.message_id is None and now >= question.try_at:
+                self._ask(question)
+                turn.draft.hide()
+            due = question.asked_at + patience if question.message_id else question.try_at
             look_again = min(look_again, due, now + DEAF_SECONDS)
         return look_again
 
-    def _ask(self, permission: Permission) -> None:
+    def _ask(self, question: Question) -> None:
         """Put the question into the topic; when Telegram can't be reached, note when to try again."""
-        buttons = [[(str(option.get("name") or option["optionId"]), f"ask:{permission.token}:{n}")]
-                   for n, option in enumerate(permission.options)]
+        buttons = [[(str(option.get("name") or option["optionId"]), f"ask:{question.token}:{n}")]
+                   for n, option in enumerate(question.options)]
         try:
-            permission.message_id = self.chat.ask(permission.text, buttons)
+            question.message_id = question.turn.conversation.chat.ask(question.text, buttons)
         except (Unreachable, TooManyRequests) as error:
-            permission.try_at = time.monotonic() + getattr(error, "seconds", ASK_RETRY_SECONDS)
+            question.try_at = time.monotonic() + getattr(error, "seconds", ASK_RETRY_SECONDS)
         except Refused as error:
             log.error("A permission could not be asked for: %s", error)
-            self._refuse(permission, "it could not be asked")
+            self._refuse(question, "it could not be asked", for_good=False)
 
-    def _refuse(self, permission: Permission, why: str) -> None:
-        with self.lock:
-            if permission.token not in self.turn.permissions:
-                return
-            self._forget(permission)
-        permission.answer(None)
-        if permission.message_id is not None:
-            self.bot.errand(self.key, self.chat.settle, permission.message_id, f"{permission.text}\n\n→ Refused: {why}.")
+    def _refuse(self, question: Question, why: str, for_good: bool) -> None:
+        if self._take(question):
+            question.refuse(for_good)
+            self._settle(question, f"→ Refused: {why}.", question.message_id)
 
-    def _refuse_all(self, why: str) -> None:
-        for permission in list(self.turn.permissions.values()) if self.turn else ():
-            self._refuse(permission, why)
+    def refuse_all(self, turn: Turn, why: str) -> None:
+        """Refuse whatever a turn asks that is over, or being stopped."""
+        for question in self.of(turn):
+            self._refuse(question, why, for_good=True)
+
+    def _settle(self, question: Question, outcome: str, message_id: Optional[int]) -> None:
+        """Say in the question's message what became of it."""
+        conversation = question.turn.conversation
+        if message_id is not None:
+            self._errand(conversation.key, conversation.chat.settle, message_id, f"{question.text}\n\n{outcome}")
 
 
 # ======================================================================================================================
@@ -2597,6 +1954,511 @@ def save(chunks: Iterator[bytes], workspace: str, name: str) -> str:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+# ======================================================================================================================
+# Agent: a topic's hold on Kiro
+# ======================================================================================================================
+
+INITIALIZE_SECONDS = 30         # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
+SESSION_SECONDS = 90
+MISSING_SECONDS = 10            # for the load of a session whose file is missing or empty; some versions never answer that
+MODEL_SECONDS = 5
+LOCK_SECONDS = 15
+REQUEST_PATIENCE = 4            # times its seconds, for a request during which Kiro keeps talking
+REPLAY_SECONDS = 1.0            # for what some agents replay after their response to session/load
+QUIET_SECONDS = 0.03            # a replay is over when nothing came for this long
+FULL_CONTEXT = 80               # percent
+SAME_REFUSALS = 2               # so many turns refused in the same words are the session's fault
+HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
+                "The folder is as it was.")
+NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh."
+
+
+class KiroFailure(Exception):
+    """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
+
+    def __init__(self, text: str, again: bool = False) -> None:
+        super().__init__(text)
+        self.again = again
+
+
+class KiroRefusal(KiroFailure):
+    """A JSON-RPC error; Kiro itself is well."""
+
+    def __init__(self, error: Any) -> None:
+        self.code = error.get("code") if isinstance(error, dict) else None
+        super().__init__(error_text(error))
+
+
+class KiroGone(KiroFailure):
+    """The process has exited, or has to."""
+
+
+class KiroSilent(KiroFailure):
+    """A request was not answered in time."""
+
+
+class KiroLocked(KiroFailure):
+    """Somebody else has the session."""
+
+
+class SessionLost(Exception):
+    """Kiro does not have the thread's session any more."""
+
+
+class NoPlace(Exception):
+    """No process may be started or kept for this conversation now."""
+
+
+class Places:
+    """The right to have a Kiro process, MAX_PROCESSES times; first come, first served.
+
+    Warm processes give way: whenever somebody queues, the one unused longest is asked to.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = count
+        self._queue: list[Ticket] = []                  # in order of arrival
+        self._warm: dict[Conversation, Kiro] = {}       # in order of last use
+        self._lock = threading.Lock()
+
+    def ask(self, conversation: Conversation) -> Ticket:
+        """Return a ticket, granted at once or when its turn comes; the conversation is then woken."""
+        with self._lock:
+            ticket = Ticket(conversation)
+            if self._free and not self._queue:
+                self._free -= 1
+                ticket.granted = True
+            else:
+                self._queue.append(ticket)
+                self._queue.sort(key=lambda waiting: waiting.arrived)      # threads may get here in another order
+                self._ask_a_warm_one()
+            return ticket
+
+    def try_take(self) -> bool:
+        """Take a place that nobody wants; False when there is none."""
+        with self._lock:
+            if not self._free or self._queue:
+                return False
+            self._free -= 1
+            return True
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Leave the queue; a place that was granted meanwhile goes to the next."""
+        with self._lock:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+                return
+        self.give_back()
+
+    def give_back(self) -> None:
+        """A process has gone: its place goes to whoever waits longest."""
+        with self._lock:
+            if not self._queue:
+                self._free += 1
+                return
+            ticket = self._queue.pop(0)
+            ticket.granted = True
+        ticket.conversation.post("wake")
+
+    def keep_warm(self, conversation: Conversation, kiro: Kiro) -> None:
+        """This process is not in use; it may be asked to give way."""
+        with self._lock:
+            self._warm[conversation] = kiro
+            if self._queue:
+                self._ask_a_warm_one()
+
+    def claim(self, conversation: Conversation) -> bool:
+        """Use the warm process again; False when it has been asked to give way."""
+        with self._lock:
+            return self._warm.pop(conversation, None) is not None
+
+    def in_demand(self) -> bool:
+        """Does somebody wait for a place?"""
+        with self._lock:
+            return bool(self._queue)
+
+    def _ask_a_warm_one(self) -> None:
+        if self._warm:
+            conversation = next(iter(self._warm))
+            conversation.post("give_way", self._warm.pop(conversation))
+
+
+class Ticket:
+    """A conversation's wait for a place."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.arrived = conversation.first_arrival()
+        self.granted = False
+
+
+class Known:
+    """What Kiro and its answers have told of the present session."""
+
+    def __init__(self) -> None:
+        self.context: Optional[float] = None   # percent used
+        self.credits: Optional[float] = None   # of the last turn
+        self.full_told = False                 # that the context is nearly used up
+        self.refusals: list[str] = []          # the last turns' errors, while they are the same
+
+
+class Agent:
+    """A topic's hold on Kiro: the process for this or the next turn, with the topic's session and model, and those that are
+    still ending.
+
+    On its conversation's thread only.  Of the conversation it uses `wait`, `post`, `notes`, `turn` and `first_arrival`.
+    While it waits, events are handled, and one of them may take a warm process away: `check_alive` finds that out.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation, self._bot, self._key = conversation, conversation.bot, conversation.key
+        self._settings, self._store, self._places = self._bot.settings, self._bot.store, self._bot.places
+        self.kiro: Optional[Kiro] = None
+        self.former: list[Kiro] = []            # they may still hold the session's lock
+        self.models: Optional[Models] = None    # what Kiro told last; replaced as a whole, so any thread may read it
+        self.known = Known()
+        self._lost = ""                         # a session that Kiro does not have any more
+        self._no_load_told = False
+
+    # -- the process ---------------------------------------------------------------------------------------------------
+
+    def ready(self) -> Kiro:
+        """Return a process with the thread's session loaded and its model set; each step is done once.
+
+        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.
+        """
+        if self._conversation.turn:
+            self._conversation.turn.check_stop()
+        while True:
+            kiro = self.kiro
+            if kiro is None or kiro.gone.is_set():
+                self.let_go()                 # a dead one is replaced, unnoticed
+                kiro = self._start()
+            try:
+                self._initialize(kiro)
+                if not kiro.session_id:
+                    self._open_session(kiro)
+                self._apply_model(kiro)
+                return kiro
+            except SessionLost:
+                self.let_go(at_once=True)
+
+    def begin_anew(self) -> Kiro:
+        """Return another process with another session, which is the thread's from now on.  Raises as `ready`."""
+        self.let_go()
+        kiro = self._start()
+        self._initialize(kiro)
+        self._new_session(kiro)
+        try:
+            self._apply_model(kiro)
+        except Stopped:                   # too late: the session is the thread's
+            pass
+        return kiro
+
+    def _initialize(self, kiro: Kiro) -> None:
+        if kiro.agent is None:
+            kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+
+    def _start(self) -> Kiro:
+        """Start a process as soon as there is a place for it.  Raises KiroFailure, Stopped, Closing, NoPlace."""
+        workspace = self.workspace()
+        self._take_place()
+        try:
+            kiro = self.kiro = Kiro(self._bot, workspace, self._conversation.post)
+        except (OSError, ValueError) as error:
+            self._places.give_back()
+            reason = getattr(error, "strerror", None) or error
+            raise KiroFailure(f"Kiro could not be started: {reason} ({self._settings.kiro_command[0]}). Check KIRO_COMMAND on "
+                              "the server.") from error
+        if self._conversation.turn is None:
+            self.offer_place()
+        return kiro
+
+    def _take_place(self) -> None:
+        """Get the right to start a process.  Without a turn, only a place that nobody wants will do."""
+        if self._conversation.turn is None and self._places.try_take():
+            return
+        if self._conversation.turn is None:
+            self._await_former()        # which may free its place
+        if self._conversation.turn is None:
+            if self._places.try_take():
+                return
+            raise NoPlace
+        ticket, turn = self._places.ask(self._conversation), self._conversation.turn
+        doing, turn.doing = turn.doing, "Waiting for a free place…"
+        try:
+            while not ticket.granted:
+                self._conversation.wait(math.inf)
+        except BaseException:
+            self._places.withdraw(ticket)
+            raise
+        turn.doing = doing
+
+    def offer_place(self) -> Kiro:
+        """The process is not in use, and may be asked to give way; return it."""
+        self.kiro.kept_warm = True
+        self._places.keep_warm(self._conversation, self.kiro)
+        return self.kiro
+
+    def take_back(self) -> None:
+        """Use the warm process again, unless it has been asked to give way."""
+        if self.kiro and self.kiro.kept_warm and not self._places.claim(self._conversation):
+            self.let_go()
+        elif self.kiro:
+            self.kiro.kept_warm = False
+
+    def let_go(self, at_once: bool = False) -> None:
+        """Let go of the process: it ends by itself, or is ended by its waiter."""
+        kiro, self.kiro = self.kiro, None
+        if kiro is None:
+            return
+        self._places.claim(self._conversation)
+        kiro.kept_warm = False
+        if not kiro.exit_noticed:
+            self.former.append(kiro)
+        kiro.end(patience=0 if at_once or kiro.agent is None else END_SECONDS)     # one that still starts holds no lock
+
+    def _await_former(self) -> None:
+        """Wait until no former process holds the session's lock; their waiters see to it."""
+        limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
+        while self.former:
+            if time.monotonic() > limit:
+                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
+            self._conversation.wait(limit)
+
+    def request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
+        """The one way to ask Kiro something: return the result.  Asking again goes on with the request in flight.
+
+        Raises KiroFailure; NoPlace when the process was given away meanwhile.
+        """
+        seconds = min(seconds, self._settings.silence_seconds)
+        if method not in kiro.in_flight:
+            kiro.in_flight[method] = kiro.request(method, params)
+        request_id, asked_at = kiro.in_flight[method]
+        while request_id not in kiro.responses:
+            self.check_alive(kiro, asked_at)
+            limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + REQUEST_PATIENCE * seconds)
+            if time.monotonic() >= limit:
+                raise KiroSilent(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
+            self._conversation.wait(min(limit, time.monotonic() + 1))
+        del kiro.in_flight[method]
+        frame = kiro.responses.pop(request_id)
+        if "error" in frame:
+            raise KiroRefusal(frame["error"])
+        return frame["result"] if isinstance(frame.get("result"), dict) else {}
+
+    def check_alive(self, kiro: Kiro, asked_at: float) -> None:
+        """Raise if the process can't answer any more: given away, gone, or deaf."""
+        if kiro is not self.kiro:
+            raise NoPlace
+        if kiro.exit_noticed:
+            raise kiro.failure()
+        patience = min(DEAF_SECONDS, self._settings.silence_seconds / 2)
+        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
+            raise KiroGone(f"Kiro does not read what it is sent (for {patience:g} s).", again=True)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def default_workspace(self) -> str:
+        """Return the folder that a new thread gets: {WORKSPACE_BASE_PATH}/{user}/{thread}."""
+        return str(self._settings.workspaces / str(self._key[0]) / str(self._key[1]))
+
+    def workspace(self) -> str:
+        """Return the thread's folder, made when it is missing: the one it had at first."""
+        record = self._store.get_session(*self._key)
+        path = record.workspace_path if record else self.default_workspace()
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
+        return os.path.realpath(path)
+
+    def _open_session(self, kiro: Kiro) -> None:
+        """Load the thread's session, or make one."""
+        record = self._store.get_session(*self._key)
+        if record is None:
+            return self._new_session(kiro)
+        had_history = self._store.get_facts(record.session_id)[0]
+        if record.session_id == self._lost:
+            self._new_session(kiro)
+            if had_history:
+                self._conversation.notes.add(NOTHING_KEPT if is_empty(record.session_id) else HISTORY_GONE)
+            return
+        if not kiro.can_load:
+            self._new_session(kiro)
+            if had_history and not self._no_load_told:
+                self._no_load_told = True
+                self._conversation.notes.add("ℹ️ This agent can't reload sessions: each message starts without the history.")
+            return
+        self._await_former()                   # it has the lock, and may still be writing; so may an orphan
+        if not had_history and is_empty(record.session_id) and lock_pid(record.session_id) is None:
+            return self._new_session(kiro)
+        try:
+            self._load_session(kiro, record, had_history)
+        except KiroFailure as failure:
+            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
+                raise
+            log.warning("Session %s of %s/%s is lost: %s", record.session_id, *self._key, failure)
+            self._lost = record.session_id
+            raise SessionLost from failure
+
+    def _new_session(self, kiro: Kiro) -> None:
+        """Make a session for this thread; the chosen model stays."""
+        result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
+        session_id = result.get("sessionId")
+        if not isinstance(session_id, str) or not session_id:
+            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
+        self._store.upsert_session(*self._key, session_id, kiro.workspace, keep_model=True)
+        self.known = Known()
+        self._opened(kiro, session_id, result)
+
+    def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
+        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
+        params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
+        limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
+        seconds = MISSING_SECONDS if missing or is_empty(record.session_id) else SESSION_SECONDS
+        while True:
+            try:
+                result = self.request(kiro, "session/load", params, seconds)
+                break
+            except KiroRefusal as refusal:
+                pid = lock_holder(str(refusal))
+                if pid is None:
+                    raise
+                settle_lock(pid, record.session_id, self._settings)
+                if time.monotonic() > limit:
+                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
+            retry_at = time.monotonic() + pause
+            while time.monotonic() < retry_at:
+                self._conversation.wait(retry_at)
+            pause = min(2 * pause, 2)
+        self._let_replay_end(kiro)
+        if missing and had_history and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
+            self._store.set_facts(record.session_id, ended=False, taught=False)
+            self._conversation.notes.add(HISTORY_GONE)
+        self._opened(kiro, record.session_id, result)
+
+    def _let_replay_end(self, kiro: Kiro) -> None:
+        """Some agents replay after their response [acp 11]: wait for a moment of quiet, unless it came before."""
+        limit = time.monotonic() + REPLAY_SECONDS
+        while not kiro.replayed_before_response and time.monotonic() < min(kiro.heard_at + QUIET_SECONDS, limit):
+            self._conversation.wait(min(kiro.heard_at + QUIET_SECONDS, limit))
+
+    def _opened(self, kiro: Kiro, session_id: str, result: dict) -> None:
+        """Note what a session/new or session/load has told."""
+        kiro.models = models_of(result)
+        self.models = kiro.models or self.models
+        kiro.session_id = session_id
+
+    def _apply_model(self, kiro: Kiro) -> None:
+        """Make Kiro use the thread's model, if it does not already."""
+        wanted = self._store.get_model(*self._key)
+        models = kiro.models or (self.models._replace(current="") if self.models else None)
+        if models is None or wanted == models.current:
+            return
+        names = [name for name, _ in models.offered]
+        if wanted not in names:
+            if wanted != "auto":
+                self._store.set_model(*self._key, "auto")
+                self._conversation.notes.add(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
+            wanted = "auto"
+        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
+            return
+        if models.config_id is None:
+            method, params = "session/set_model", {"modelId": wanted}
+        else:
+            method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
+        kiro.models = models._replace(current=wanted)
+        try:
+            self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
+        except (KiroRefusal, KiroSilent) as failure:
+            self._conversation.notes.add(f"⚠️ The model may not be {wanted}: {failure}")
+        finally:
+            kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
+
+    def model_names(self) -> list[str]:
+        """Return the ids of the models that Kiro reported last."""
+        return [name for name, _ in self.models.offered] if self.models else []
+
+    def answer_model(self, wanted: str) -> tuple[str, Optional[Buttons]]:
+        """Choose a model, or list them when none is wanted; return a text and buttons."""
+        names = self.model_names()
+        if not names:
+            return "Kiro reports no models to choose from.", None
+        if wanted and wanted in names:
+            self._store.set_model(*self._key, wanted)
+            return f"Model for this topic: {wanted}, from the next message on.", None
+        chosen = self._store.get_model(*self._key)
+        if wanted:
+            text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
+        else:
+            text = f"Model for this topic: {chosen}. Choose with /model NAME or here:"
+        return text, [[(("✓ " if name == chosen else "") + label, f"model:{self._key[1]}:{model_key(name)}")]
+                      for name, label in self.models.offered]
+
+    # -- what is known of the session ----------------------------------------------------------------------------------
+
+    def hear(self, kiro: Kiro, method: str, params: dict) -> None:
+        """Take in what a notification says about the session [acp 3.8, 11]."""
+        name, update, status = method.partition("/")[2], params.get("update"), params.get("status")
+        if name == "metadata":
+            percent = finite(params.get("contextUsagePercentage"))
+            self.known.context = self.known.context if percent is None else percent
+        elif name == "clear/status" or name == "compaction/status" and "completed" in (status, as_dict(status).get("type")):
+            self._forgotten(kiro)
+        elif as_dict(update).get("sessionUpdate") == "usage_update":
+            used, size = finite(update.get("used")), finite(update.get("size"))
+            if used is not None and size:
+                self.known.context = 100 * used / size
+
+    def _forgotten(self, kiro: Kiro) -> None:
+        """Kiro may have forgotten the tags."""
+        self.known.full_told = False
+        kiro.lesson = ""
+        if kiro.session_id:
+            self._note_facts(kiro.session_id, taught=False)
+
+    def lesson(self, wanted: bool) -> list[dict]:
+        """Return what tells Kiro of the tags, as content blocks for its next prompt; none where it knows them."""
+        known = self._store.get_facts(self.kiro.session_id)[1]
+        self.kiro.lesson = "known" if known else "sent" if wanted else ""
+        return [{"type": "text", "text": LESSON}] if self.kiro.lesson == "sent" else []
+
+    def turn_ended(self, kiro: Kiro, properly: bool) -> None:
+        """A turn of the session has ended, by itself or not: it has a history, and may know the tags now."""
+        self.known.refusals.clear()
+        self._note_facts(kiro.session_id, taught=kiro.lesson == "known" or kiro.lesson == "sent" and properly)
+
+    def _note_facts(self, session_id: str, taught: bool) -> None:
+        """Note that the session has a history, and whether Kiro knows the tags; no reason to lose an answer."""
+        try:
+            self._store.set_facts(session_id, ended=True, taught=taught)
+        except StoreError as error:
+            log.error("What is known of a session can't be noted: %s", error)
+
+    def nearly_full(self) -> str:
+        """Return a remark when the context is nearly used up, once."""
+        known = self.known
+        if known.context is None or known.context < FULL_CONTEXT or known.full_told:
+            return ""
+        known.full_told = True
+        return f"ℹ️ {known.context:.0f} % of this session's context is used. /compact shortens it, /new starts afresh."
+
+    def advice(self, failure: KiroFailure) -> str:
+        """Return what to do about it, when there is something more to say than to ask again."""
+        text = str(failure)
+        if NOT_LOGGED_IN.search(text):
+            return "\nOn the server, as the bot's user: kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
+        if not isinstance(failure, KiroRefusal) or PASSING.search(text):
+            return ""
+        same = re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
+        self.known.refusals = [r for r in self.known.refusals if r == same] + [same]
+        if len(self.known.refusals) >= SAME_REFUSALS:
+            return "\nThis session refuses every message in the same way. /new starts a fresh one, /compact may help too."
+        return ""
 
 
 # ======================================================================================================================
@@ -2928,6 +2790,11 @@ def finite(value: Any) -> Optional[float]:
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e15 else None
 
 
+def as_dict(value: Any) -> dict:
+    """Return the value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def error_text(error: Any) -> str:
     """Return what a JSON-RPC error says; Kiro puts it into `data`, a string or an object [acp 3.4]."""
     if not isinstance(error, dict):
@@ -3156,6 +3023,295 @@ def related_processes(mark: str, group: int = -1) -> list[int]:
 
 
 # ======================================================================================================================
+# Answer: what Kiro says, as it comes and as it stays
+# ======================================================================================================================
+
+class Answer:
+    """What Kiro has said and done in a turn: frames in, text out.  It knows no clock and no thread."""
+
+    def __init__(self) -> None:
+        self.length = 0                        # characters
+        self.version = 0                       # another one whenever the text is another
+        self.heard = False                     # text, a tool call or a permission request came
+        self.grace: Optional[float] = None     # seconds within which the response is to come now
+        self.running = ""                      # the title of the tool that was heard of last, while it runs
+        self.trouble = ""                      # Kiro's last word about limits, retries and compaction
+        self.credits: Optional[float] = None   # what it cost, if Kiro told
+        self._pieces: list[str] = []
+        self._attempt = 0                      # how many pieces were there when Kiro's present attempt began
+        self._gap = False                      # a tool lies between the last piece and the next
+        self._cut = False                      # it said more than anybody can read
+        self._tools: dict[str, dict] = {}      # calls that have not ended, by id
+        self._last_tool = ""                   # the last one that did, and how
+
+    def hear(self, method: str, params: dict) -> None:
+        """Take in a notification; what says nothing about the answer is left aside [acp 3.5, 3.8]."""
+        name, update = method.partition("/")[2], params.get("update")
+        if method == "session/update" and isinstance(update, dict):
+            self._hear_update(update)
+        elif name == "session/update" and isinstance(update, dict):
+            self._hear_trouble(update)
+        elif name == "metadata" and isinstance(params.get("meteringUsage"), list):
+            values = [finite(entry.get("value")) for entry in params["meteringUsage"] if isinstance(entry, dict)]
+            self.credits = sum(value for value in values if value is not None)
+        elif name == "error/rate_limit":
+            self.trouble = str(params.get("message") or "Kiro is being rate-limited")
+        elif name == "compaction/status":
+            self._hear_compaction(params.get("status"))
+
+    def _hear_update(self, update: dict) -> None:
+        kind, content = update.get("sessionUpdate"), update.get("content")
+        if kind == "agent_message_chunk":
+            text = content.get("text") if isinstance(content, dict) else None
+            if isinstance(text, str) and text:
+                self.say(text)
+        elif kind in ("tool_call", "tool_call_update"):
+            self._hear_tool(update)
+        elif kind == "turn_end":
+            self.grace = AFTERWORD_SECONDS
+
+    def say(self, text: str) -> None:
+        """Add a piece of the answer, set apart when a tool lies between."""
+        self._cut = self.length > ANSWER_AT_MOST
+        if self._cut:
+            return
+        if self._gap and self._pieces:
+            end = "".join(self._pieces[-2:])
+            self._pieces.append("\n" * (2 - min(2, len(end) - len(end.rstrip("\n")))))
+        self._pieces.append(text)
+        self.length += len(text)
+        self.version += 1
+        self.heard, self._gap, self.running, self.trouble = True, False, "", ""
+        self.grace = INTERRUPTED_SECONDS if text.strip() == INTERRUPTED else None
+
+    def _hear_tool(self, update: dict) -> None:
+        """A tool call begins, tells something, or ends; v2 gives no status at its beginning."""
+        tool_id = str(update.get("toolCallId"))
+        call = self._tools.pop(tool_id, {})
+        call.update({key: update[key] for key in ("title", "kind", "rawInput", "content") if update.get(key) is not None})
+        title, status = str(call.get("title") or call.get("kind") or "a tool"), update.get("status")
+        if status in ("completed", "failed"):
+            self.running = "" if title == self.running else self.running
+            self._last_tool = "\n".join([f"{title}: {status}", *content_texts(call.get("content"))])
+        else:
+            self._tools[tool_id] = call
+            self.running = title
+            if len(self._tools) > TOOLS_KEPT:
+                del self._tools[next(iter(self._tools))]
+        self.heard = self._gap = True
+        self.grace = None
+        self._attempt = len(self._pieces)
+
+    def _hear_trouble(self, update: dict) -> None:
+        """Kiro starts its present attempt anew, or says why it has to wait."""
+        kind = update.get("sessionUpdate")
+        if kind == "stream_discarded":
+            del self._pieces[self._attempt:]
+            self.length, self._gap = sum(map(len, self._pieces)), bool(self._pieces)
+            self.version += 1
+        elif kind in ("retry_warning", "stream_stall_notice"):
+            self.trouble = str(update.get("message") or "Kiro tries again")
+
+    def _hear_compaction(self, status: Any) -> None:
+        """Kiro compacts the conversation, on /compact or by itself; a turn may say nothing else."""
+        kind, error = (status.get("type"), status.get("error")) if isinstance(status, dict) else (status, None)
+        self.trouble = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
+                        "failed": f"⚠️ The conversation could not be compacted: {error or 'Kiro does not say why'}",
+                        }.get(str(kind), "")
+
+    def text(self) -> str:
+        """Return what Kiro has said so far."""
+        return whole_characters("".join(self._pieces)).strip("\n")
+
+    def describe(self, tool_call: dict) -> str:
+        """Return the question about a tool call: what it is, and each of its arguments, in plain sight."""
+        call = {**self._tools.get(str(tool_call.get("toolCallId")), {}), **tool_call}
+        title, kind, raw = str(call.get("title") or "use a tool"), call.get("kind"), call.get("rawInput")
+        named = f" ({kind})" if isinstance(kind, str) and kind not in ("other", "execute") and kind not in title.lower() else ""
+        lines = [f"❓ Kiro wants to: {title}{named}"]
+        for name, value in raw.items() if isinstance(raw, dict) else [("", raw)] if raw else ():
+            shown = value if isinstance(value, str) else " ".join(value) if is_texts(value) else json.dumps(value, ensure_ascii=False)
+            if not title.endswith(shown):
+                lines.append(counted(f"{name}: {shown}" if name else shown, ARGUMENT_LIMIT))
+        lines += [counted(text, ARGUMENT_LIMIT) for text in content_texts(call.get("content"))]
+        locations = call.get("locations") if isinstance(call.get("locations"), list) else []
+        for path in (place.get("path") for place in locations if isinstance(place, dict)):
+            if isinstance(path, str) and not any(path in line for line in lines):
+                lines.append(path)
+        return counted(in_plain_sight("\n".join(lines)), QUESTION_LIMIT)
+
+    def parts(self, outcome: Outcome, notes: str, remarks: list[str]) -> list[dict]:
+        """Return the whole answer for the journal: notes, what Kiro said, remarks."""
+        text, remarks = self.text(), [outcome.remark, *remarks]
+        said = [{"kind": "answer", "text": text}] if text.strip() else []
+        if outcome.stopped and said:
+            said[0]["end"] = remarks.pop(0)
+        if self._cut:
+            remarks.append(f"⚠️ The answer went on after {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
+        if not said and not any(remarks):
+            remarks.append(self.trouble or self._last_tool or NOTHING_SAID)
+        parts = plain_parts(notes) + said + plain_parts("\n\n".join(filter(None, remarks)))
+        if outcome.offer:
+            parts[-1]["offer"] = True
+        return parts
+
+
+def content_texts(content: Any) -> Iterator[str]:
+    """Yield what a tool call's content shows: texts, and changes to files as lines with - and +."""
+    for block in content if isinstance(content, list) else ():
+        if not isinstance(block, dict):
+            continue
+        inner = block.get("content")
+        if isinstance(inner, dict) and isinstance(inner.get("text"), str):
+            yield inner["text"]
+        elif block.get("type") == "diff":
+            old, new = (str(block.get(key) or "").splitlines() for key in ("oldText", "newText"))
+            yield str(block.get("path"))
+            yield from filter(None, changed_lines(old, new))
+
+
+def changed_lines(old: list[str], new: list[str]) -> tuple[str, str]:
+    """Return the lines that go, with -, and those that come, with +: what lies between the same beginning and end."""
+    before = len(os.path.commonprefix([old, new]))
+    after = len(os.path.commonprefix([old[before:][::-1], new[before:][::-1]]))
+    return ("\n".join(f"- {line}" for line in old[before:len(old) - after]),
+            "\n".join(f"+ {line}" for line in new[before:len(new) - after]))
+
+
+def is_texts(value: Any) -> bool:
+    """Is it a list of nothing but texts, as a command may be given?"""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def counted(text: str, limit: int) -> str:
+    """Return the text, or its beginning and how much more there is."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}\n⚠️ {len(text) - limit} more characters are not shown."
+
+
+class Draft:
+    """A turn's streamed preview.  Used on the conversation's thread; `stopped` is set under its lock."""
+
+    def __init__(self, chat: Topic | Terminal) -> None:
+        self._chat = chat
+        self.id = random.randint(1, 2**31 - 1)
+        self.stopped = False                   # by its button: Telegram wants no more frames of it [tg 1.3]
+        self._shown: Optional[tuple[int, str]] = None       # the answer's version and the status in its last frame
+        self._sent_at: Optional[float] = None
+
+    def hide(self) -> None:
+        """A message in the topic has taken its place [tg 1.5]."""
+        self._shown = None
+
+    def refresh(self, answer: Answer, status: str) -> float:
+        """Send a frame if there is news, or the last one is about to expire; return when to look again."""
+        now, news = time.monotonic(), (answer.version, status)
+        if self.stopped:
+            return math.inf
+        if self._sent_at is not None and news == self._shown and now < self._sent_at + KEEP_ALIVE_SECONDS:
+            return self._sent_at + KEEP_ALIVE_SECONDS
+        wait = self._chat.frame_wait(self._sent_at, now)
+        if wait:
+            return now + wait
+        self._sent_at = now
+        said, _ = visible_text(answer.text(), still_coming=True)
+        self._shown = news if self._chat.frame(self.id, said, status) else None
+        return time.monotonic()
+
+
+class Delivery:
+    """Brings a topic's answers to Telegram, part by part, also those of a former run.  On the conversation's thread.
+
+    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text"} or {"kind": "file", "path",
+    "caption"}; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made safe.  One with "offer" has the
+    buttons to ask its turn again or to drop it.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation, self._store, self._chat = conversation, conversation.store, conversation.chat
+        self.sending = False                   # a part is on its way, and not ticked off yet; read by the main thread
+        self.unsent: list[str] = []            # files that could not be sent, for Kiro to hear of
+
+    def send(self, turn_id: Optional[int], parts: list[tuple[int, dict]], offer: bool, former: bool = False) -> None:
+        """Send (position, part) in order, and tick each off when Telegram has it; `former`: a former run began to."""
+        left = deque(parts)
+        try:
+            while left:
+                position, part = left.popleft()
+                pieces = self._pieces(part, former) if part["kind"] == "answer" else self._send_part(turn_id, position, part)
+                if pieces:
+                    if part.get("offer"):
+                        pieces[-1]["offer"] = True
+                    left = deque(enumerate([*pieces, *(part for _, part in left)]))
+                    self._rejournal(turn_id, [part for _, part in left])
+            if turn_id is not None:
+                self._store.finish(turn_id, offer)
+        except Unreachable as error:
+            log.error("An answer to %s/%s stays in the journal: %s", *self._conversation.key, error)
+        except StoreError as error:
+            log.error("The end of a turn can't be journaled: %s", error)
+
+    def _rejournal(self, turn_id: Optional[int], parts: list[dict]) -> None:
+        """Journal the parts that are left in their new form; no reason not to send them."""
+        try:
+            if turn_id is not None:
+                self._store.set_parts(turn_id, [json.dumps(part) for part in parts])
+        except StoreError as error:
+            log.error("The parts of an answer can't be journaled: %s", error)
+
+    def _pieces(self, answer: dict, former: bool) -> list[dict]:
+        """Return the messages and files that an answer becomes.
+
+        That it still stands in the journal as Kiro gave it means that a former run could not format it: it goes as it is.
+        """
+        text, end = answer["text"], answer.get("end", "")
+        if former:
+            return plain_parts(text, simple_pieces)
+        try:
+            shown, files = visible_text(text)
+            shown = f"{close_code(shown)}\n\n{end}" if end and shown.strip() else shown if shown.strip() else end
+            pieces = self._chat.parts(shown) if shown else []
+        except Exception:   # a bug there must not cost an answer
+            log.exception("An answer can't be formatted and is sent as it is")
+            return plain_parts(text, simple_pieces)
+        return pieces + [{"kind": "file", "path": path, "caption": caption} for path, caption in files] or plain_parts(NOTHING_SAID)
+
+    def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> list[dict]:
+        """Send a part and tick it off; return what Telegram is to get instead, if it did not take it as it is."""
+        self.sending = True
+        try:
+            if part["kind"] == "file":
+                pieces = self._send_file(part)
+            else:
+                pieces = self._chat.send(part, offer_buttons(turn_id) if part.get("offer") else None)
+            if not pieces and turn_id is not None:
+                self._store.tick(turn_id, position)
+            return pieces
+        except StoreError as error:
+            log.error("A part that was sent can't be ticked off: %s", error)
+            return []
+        finally:
+            self.sending = False
+
+    def _send_file(self, part: dict) -> list[dict]:
+        """Send a file; return a message in its place if that can't be."""
+        try:
+            refusal = self._chat.send_file(part["path"], part["caption"], self._conversation.agent.workspace())
+        except (StoreError, KiroFailure) as error:
+            refusal = f"its folder is not to be had: {error}"
+        if not refusal:
+            return []
+        self.unsent.append(f"{part['path']}: {refusal}")
+        return plain_parts(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
+
+
+def offer_buttons(turn_id: Optional[int]) -> Optional[Buttons]:
+    """Return the buttons of a turn that may be asked again; none for one that could not be journaled."""
+    return [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]] if turn_id is not None else None
+
+
+# ======================================================================================================================
 # Reply: the one door to Telegram, a chat's pace, drafts and lasting messages
 # ======================================================================================================================
 
@@ -3190,7 +3346,11 @@ TOPIC_GONE = "This topic is gone, so I answer here:"
 Buttons = list[list[tuple[str, str]]]   # rows of (label, data)
 
 
-class Refused(Exception):
+class TelegramError(Exception):
+    """Something was not done."""
+
+
+class Refused(TelegramError):
     """Telegram's definite no."""
 
     def __init__(self, code: int, description: str) -> None:
@@ -3206,11 +3366,11 @@ class Conflict(Refused):
     """Somebody else gets this bot's updates."""
 
 
-class Unreachable(Exception):
+class Unreachable(TelegramError):
     """No definite answer: no connection, a timeout, a server's fault.  What was sent may have arrived."""
 
 
-class TooManyRequests(Exception):
+class TooManyRequests(TelegramError):
     """Telegram wants silence in this chat for some seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -3223,9 +3383,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._closed_until = 0.0
-        self._next_frame = 0.0
-        self._wanting: dict[int, tuple[float, float]] = {}     # thread: when its last frame was, when it asked
+        self._closed_until = self._next_frame = 0.0
 
     def close(self, seconds: float) -> None:
         """Telegram has answered 429."""
@@ -3236,30 +3394,17 @@ class Pace:
         """Return for how many seconds nothing may be sent."""
         return max(0.0, self._closed_until - time.monotonic())
 
-    def frame_wait(self, thread_id: int, last: Optional[float], now: float) -> float:
-        """Return 0 when the thread may send a frame now, else the seconds until it should ask again.
+    def frame_wait(self, last: Optional[float], now: float) -> float:
+        """Return 0 when a frame may be sent now, else the seconds until it is worth asking again.
 
-        `last` is when it sent its last one; a turn's first frame (None) waits for nobody.  Of those who want to, the
-        one unrefreshed longest comes first.
+        `last` is when its turn sent one; the first frame of a turn (None) waits for nobody.
         """
         with self._lock:
-            if now < self._closed_until:
-                return self._closed_until - now
-            if last is not None:
-                self._wanting[thread_id] = last, now
-                if now < self._next_frame:
-                    return self._next_frame - now
-                rivals = [other for other, asked in self._wanting.values() if now - asked < FRAME_SECONDS + 0.5]
-                if min(rivals) < last:
-                    return 0.02
-            self._wanting.pop(thread_id, None)
+            free_at = self._closed_until if last is None else max(self._closed_until, self._next_frame)
+            if now < free_at:
+                return free_at - now
             self._next_frame = max(self._next_frame, now + FRAME_SECONDS)
             return 0
-
-    def leave(self, thread_id: int) -> None:
-        """The thread wants no frame any more."""
-        with self._lock:
-            self._wanting.pop(thread_id, None)
 
 
 class Telegram:
@@ -3421,60 +3566,8 @@ def retry_after(answer: dict) -> float:
     return min(max(seconds, 1), FLOOD_AT_MOST) if isinstance(seconds, (int, float)) else FLOOD_SECONDS
 
 
-class Chat:
-    """What a conversation can do in its chat; `Topic` does it in Telegram, `Terminal` in a terminal.
-
-    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text"} or {"kind": "file", "path",
-    "caption"}; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made safe; one with "buttons": "offer"
-    offers its turn again.
-    """
-
-    def frame_wait(self, last: Optional[float], now: float) -> float:
-        """Return 0 when a frame may be sent now, else the seconds until it is worth asking again."""
-        raise NotImplementedError
-
-    def leave(self) -> None:
-        """The turn is over: no more frames."""
-
-    def frame(self, draft_id: int, said: str, status: str) -> bool:
-        """Show what was said so far, and what goes on; return False when that has to be tried again."""
-        raise NotImplementedError
-
-    def parts(self, text: str) -> list[dict]:
-        """Cut Kiro's text into parts."""
-        raise NotImplementedError
-
-    def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
-        """Send a part of an answer; return other parts when it has to be sent in their form instead."""
-        raise NotImplementedError
-
-    def send_file(self, path: str, caption: str, workspace: str) -> str:
-        """Send a file of the workspace; return why not, or nothing."""
-        raise NotImplementedError
-
-    def say(self, text: str, buttons: Optional[Buttons] = None) -> None:
-        """Send a message of the bot's own."""
-        raise NotImplementedError
-
-    def ask(self, text: str, buttons: Buttons) -> int:
-        """Send a question once; return its message_id.  Raises Refused, Unreachable, TooManyRequests."""
-        raise NotImplementedError
-
-    def settle(self, message_id: int, text: str) -> None:
-        """Replace a message with buttons by its outcome."""
-        raise NotImplementedError
-
-    def react(self, message_id: int, emoji: str) -> None:
-        """Show that a message was seen."""
-        raise NotImplementedError
-
-    def download(self, file: TelegramFile) -> Iterator[bytes]:
-        """Yield a file's bytes.  Raises Refused, Unreachable, TooManyRequests, OSError."""
-        raise NotImplementedError
-
-
-class Topic(Chat):
-    """A topic of a private chat."""
+class Topic:
+    """A topic of a private chat: what a conversation can do there.  `Terminal` does the same in a terminal."""
 
     def __init__(self, telegram: Telegram, user_id: int, thread_id: int, rich: bool) -> None:
         self._telegram, self._user_id, self._thread_id, self._rich = telegram, user_id, thread_id, rich
@@ -3484,20 +3577,20 @@ class Topic(Chat):
     # -- drafts --------------------------------------------------------------------------------------------------------
 
     def frame_wait(self, last: Optional[float], now: float) -> float:
-        return self._pace.frame_wait(self._thread_id, last, now)
-
-    def leave(self) -> None:
-        self._pace.leave(self._thread_id)
-        self._gone = False                     # Telegram may have been wrong; it is asked again
+        """Return 0 when a frame may be sent now, else the seconds until it is worth asking again."""
+        return self._pace.frame_wait(last, now)
 
     def frame(self, draft_id: int, said: str, status: str) -> bool:
-        """Send a frame, once: the next one is soon due, and an answer never waits for it."""
+        """Show what was said so far, and what goes on, once: the next frame is soon due, and an answer never waits for it.
+
+        Return False when that has to be tried again.
+        """
         text = "\n\n".join(filter(None, [tail(said, DRAFT_LIMIT - 300), tail(status, 200)])) or "…"
         try:
             self._telegram.call(apihelper.send_message_draft, self._user_id, draft_id, whole_characters(text),
                                 chat=self._user_id, message_thread_id=self._thread_id or None, can_stop=True,
                                 keep_on_stop=True)
-        except (Refused, Unreachable, TooManyRequests) as error:
+        except TelegramError as error:
             log.debug("A frame was not shown: %s", error)
             return isinstance(error, Refused)      # the same again would be refused too
         return True
@@ -3505,11 +3598,14 @@ class Topic(Chat):
     # -- lasting messages ----------------------------------------------------------------------------------------------
 
     def parts(self, text: str) -> list[dict]:
+        """Cut Kiro's text into parts (see Delivery)."""
+        self._gone = False                     # Telegram may have been wrong; it is asked again
         if not (self._rich and self._telegram.rich and has_markdown(text)):
             return plain_parts(text)
         return [{"kind": "rich", "text": piece} for piece in rich_pieces(text)]
 
     def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
+        """Send a part of an answer; return other parts when it has to be sent in their form instead."""
         try:
             if part["kind"] == "rich":
                 rich = types.InputRichMessage(markdown=rich_safe(part["text"]), skip_entity_detection=True)
@@ -3517,10 +3613,7 @@ class Topic(Chat):
             else:
                 self._post_plain(part["text"], buttons)
         except Refused as refusal:
-            pieces = self._other_form(part, refusal)
-            if pieces and "buttons" in part:
-                pieces[-1]["buttons"] = part["buttons"]
-            return pieces
+            return self._other_form(part, refusal)
         return []
 
     def _other_form(self, part: dict, refusal: Refused) -> list[dict]:
@@ -3560,11 +3653,13 @@ class Topic(Chat):
         return insist(method, self._user_id, rewound(content), chat=self._user_id, seconds=seconds, **kwargs)
 
     def say(self, text: str, buttons: Optional[Buttons] = None) -> None:
+        """Send a message of the bot's own.  Raises Refused, Unreachable."""
         pieces = list(split_text(whole_characters(text), PLAIN_LIMIT, utf16_length))
         for n, piece in enumerate(pieces, 1):
             self._post_plain(piece, buttons if n == len(pieces) else None, seconds=SAY_SECONDS)
 
     def ask(self, text: str, buttons: Buttons) -> int:
+        """Send a question once; return its message_id.  Raises Refused, Unreachable, TooManyRequests."""
         if self._pace.closed_for():
             raise TooManyRequests(self._pace.closed_for())
         *before, last = split_text(text, PLAIN_LIMIT - 200, utf16_length)
@@ -3573,6 +3668,7 @@ class Topic(Chat):
         return self._post_plain(last, buttons, seconds=0)["message_id"]
 
     def settle(self, message_id: int, text: str) -> None:
+        """Replace a message with buttons by its outcome."""
         try:
             self._telegram.insist(apihelper.edit_message_text, tail(text, PLAIN_LIMIT), chat_id=self._user_id,
                                   message_id=message_id, chat=self._user_id, link_preview_options=NO_PREVIEW)
@@ -3580,6 +3676,7 @@ class Topic(Chat):
             log.debug("A message could not be edited: %s", refusal)
 
     def react(self, message_id: int, emoji: str) -> None:
+        """Show that a message was seen."""
         if self._pace.closed_for():
             return                             # in a 429 window nothing goes that the answer doesn't need
         self._telegram.call(apihelper.set_message_reaction, self._user_id, message_id, [types.ReactionTypeEmoji(emoji)],
@@ -3588,11 +3685,13 @@ class Topic(Chat):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def download(self, file: TelegramFile) -> Iterator[bytes]:
+        """Yield a file's bytes.  Raises TelegramError, OSError."""
         if file.size > DOWNLOAD_LIMIT and not self._telegram.is_local:
             raise Refused(400, "file is too big: Telegram hands bots files of up to 20 MB only")
         return self._telegram.download(file.file_id, self._user_id)
 
     def send_file(self, path: str, caption: str, workspace: str) -> str:
+        """Send a file of the workspace; return why not, or nothing."""
         try:
             with open_inside(path, workspace) as file:
                 return self._upload(file, caption)
@@ -3718,6 +3817,11 @@ SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3})
 def utf16_length(text: str) -> int:
     """Return the length in UTF-16 units, as Telegram's clients count."""
     return len(text) + sum(c > "\uffff" for c in text) if not text.isascii() else len(text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return the text, or its beginning with an ellipsis."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def whole_characters(text: str) -> str:
@@ -3971,6 +4075,7 @@ FROZEN_SECONDS = 2              # of processor time without one: something holds
 CHECK_SECONDS = 3
 VERSION_SECONDS = 10
 CONSOLE_USER = CONSOLE_THREAD = 0
+PRINT_SECONDS = 0.05            # between two pieces of an answer in the console
 
 
 class StartError(Exception):
@@ -4134,15 +4239,15 @@ def open_store(path: Path, kind: type[SessionStore] = SessionStore) -> SessionSt
 
 # -- the console -------------------------------------------------------------------------------------------------------
 
-class Terminal(Chat):
-    """A terminal as a chat: what Kiro says is printed as it comes."""
+class Terminal:
+    """A terminal in the place of a `Topic`: what Kiro says is printed as it comes."""
 
     def __init__(self) -> None:
         self._shown = ""                       # of the present answer
         self.question: Optional[Buttons] = None     # the buttons of an open permission request
 
     def frame_wait(self, last: Optional[float], now: float) -> float:
-        return max(0.0, last + 0.05 - now) if last else 0
+        return max(0.0, last + PRINT_SECONDS - now) if last else 0
 
     def frame(self, draft_id: int, said: str, status: str) -> bool:
         if said.startswith(self._shown):
@@ -4227,8 +4332,8 @@ class Console:
             print(HELP)
         elif incoming.command == "status":
             print(self._conversation.status())
-        elif incoming.command == "model" and self._conversation.model_names():
-            print(self._conversation.answer_model(incoming.argument)[0])
+        elif incoming.command == "model" and self._conversation.agent.model_names():
+            print(self._conversation.agent.answer_model(incoming.argument)[0])
         elif incoming.command == "stop":
             print("Nothing is running.")
         else:
@@ -4237,7 +4342,7 @@ class Console:
             self._conversation.add(incoming)
             self._attend()
         if incoming.command == "model" and not incoming.argument:
-            print(*(f"  {name}" for name in self._conversation.model_names()), sep="\n")
+            print(*(f"  {name}" for name in self._conversation.agent.model_names()), sep="\n")
 
     def _attend(self) -> None:
         """Wait for the answer; ask what Kiro asks; Ctrl-C stops the turn."""
@@ -4262,7 +4367,7 @@ class Console:
             self._conversation.stop()
             return
         _, token, number = buttons[index][0][1].split(":")
-        self._conversation.decide(token, int(number), 1)
+        self._bot.questions.decide(CONSOLE_USER, token, int(number), 1)
 
 
 class ConsoleStore(SessionStore):
@@ -4343,12 +4448,12 @@ def handshake(settings: Settings) -> str:
         bot = Bot(settings._replace(workspaces=Path(folder), silence_seconds=min(settings.silence_seconds, 60)), store)
         conversation = Conversation(bot, CONSOLE_USER, CONSOLE_THREAD, Terminal())
         try:
-            kiro = conversation.link.ready()
+            kiro = conversation.agent.ready()
             agent = (kiro.agent or {}).get("agentInfo") or {}
             return (f"{agent.get('name', 'the agent')} {agent.get('version', '')} made a session; models: "
-                    f"{', '.join(conversation.model_names()) or 'none reported'}")
+                    f"{', '.join(conversation.agent.model_names()) or 'none reported'}")
         except KiroFailure as failure:
-            raise KiroFailure(f"{failure}{conversation.advice(failure)}") from failure
+            raise KiroFailure(f"{failure}{conversation.agent.advice(failure)}") from failure
         finally:
             bot.shut_down()
 

@@ -3280,20 +3280,20 @@ def test_the_last_of_two_quick_choices_counts(telegram, bot):
     bot.habits(set_model={"gate": "go"})
     ask(telegram, "/model")
     ask(telegram, "/model claude-haiku-4.5")
+    telegram.write("!model", thread=7)
     bot.wait_wire("in", "session/set_model")
     ask(telegram, "/model claude-sonnet-4")
-    telegram.write("!model", thread=7)
-    telegram.wait_for(DRAFT, count=2)
     bot.open_gate("go")
-    assert telegram.answer("model: ").text == "model: claude-sonnet-4"
+    telegram.answer("model: ")  # of either: the first choice may have been on its way before the message came
+    assert ask(telegram, "!model") == "model: claude-sonnet-4"
 
 
 def test_a_stop_leaves_no_choice_behind(telegram, bot):
     bot.habits(set_model={"gate": "go"})
     ask(telegram, "/model")
     ask(telegram, "/model claude-haiku-4.5")
-    bot.wait_wire("in", "session/set_model")
     telegram.write("never", thread=7)
+    bot.wait_wire("in", "session/set_model")
     telegram.write("/stop", thread=7)
     telegram.answer("Stopped")
     bot.open_gate("go")
@@ -3615,7 +3615,7 @@ TURNS = [
      1, False, ["Kiro can't read an agent's configuration: no such field", "ok"]),
     ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
     ("!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
-    ("!stop_reason cancelled", 1, False, ["ℹ️ Kiro ended this turn early (cancelled)."]),
+    ("!stop_reason cancelled", 1, True, ["ℹ️ Kiro ended this turn early (cancelled)."]),
     ("!spawn pipes\n!say ok", 1, False, ["ok"]),
     ("!spawn setsid\n!say ok", 1, False, ["ok"]),
     ("!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
@@ -4405,14 +4405,14 @@ def test_a_text_that_freezes_the_program_costs_one_topic_one_plain_answer(telegr
     telegram.write("!say **poison**", thread=7)
     bot.wait_wire("out", when=lambda entry: "stopReason" in json.dumps(entry["frame"]))
     bot.process.terminate()
-    assert bot.ended(3) != 0 and "rich" not in bot.log() and "in match" in bot.log()
+    assert bot.ended(10) != 0 and "in match" in bot.log()  # two seconds of processor time, which others may want too
     bot.start()
     telegram.answer("**poison**", thread=7)
     telegram.write("!say half **poison**\n!silence", thread=7)
     telegram.wait_for(DRAFT, containing="half", thread=7)
     bot.stop()
     bot.start(wait=False)
-    bot.ended(5)  # it froze over the card
+    bot.ended(10)  # it froze over the card
     bot.start()
     telegram.answer("half **poison**", thread=7)
     telegram.answer("I was interrupted while working on", thread=7)
@@ -4568,7 +4568,7 @@ def test_nobody_is_allowed_by_an_empty_list(telegram, bot):
 
 def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     secret = telegram.write("!tool execute Running: make\n!ask\n!say done", thread=7)
-    question = telegram.answer("Kiro asks", thread=7)
+    question = telegram.answer("Kiro wants to", thread=7)
     draft = telegram.drafts(7)[0]
     before = telegram.mark()
     mallorys = telegram.write("let me in", user=MALLORY)
@@ -5120,7 +5120,7 @@ def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegr
     for thread in others:
         telegram.write("!say my turn", thread=thread)
     settled(telegram, asked, "Refused: nobody answered")
-    telegram.answer("permission: cancelled", thread=7)
+    telegram.answer("permission: reject_once", thread=7)
     for thread in others:
         telegram.answer("my turn", thread=thread)
 
@@ -5172,6 +5172,79 @@ def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, make_b
     assert "Clean up" in asked.text and len(telegram.buttons(asked)) == 2
     telegram.press(asked, 0)
     telegram.answer("permission: allow_always", thread=7)
+
+
+QUESTIONS = [
+    ({"title": "Running: npm test", "kind": "execute", "rawInput": {"command": "npm test"}}, "Running: npm test"),
+    ({"title": "Running", "rawInput": {"command": ["rm", "-rf", "/"]}}, "Running\ncommand: rm -rf /"),
+    ({"title": "Running: @postgres/execute_sql", "rawInput": {"sql": "DROP TABLE x", "limit": {"rows": 3}}},
+     'Running: @postgres/execute_sql\nsql: DROP TABLE x\nlimit: {"rows": 3}'),
+    ({"title": "src/a.py", "kind": "edit", "locations": [{"path": "src/a.py"}, {"path": "/b"}, 7], "content": [
+        {"type": "diff", "path": "src/a.py", "oldText": "same\nold\nend", "newText": "same\nnew\nend"}, 3,
+        {"type": "content", "content": {"type": "text", "text": "and so on"}}]},
+     "src/a.py (edit)\nsrc/a.py\n- old\n+ new\nand so on\n/b"),
+    ({"title": "write", "kind": "edit", "content": [{"type": "diff", "path": "n", "newText": "all\nnew"}]},
+     "write (edit)\nn\n+ all\n+ new"),
+    ({"title": "read\u202e\0", "rawInput": "what\u200b"}, "read\\u202e\\u0000\nwhat\\u200b"),
+    ({"title": ["odd"], "kind": {}, "rawInput": [1], "content": "x", "locations": {}}, "['odd']\n[1]"),
+    ({}, "use a tool"),
+]
+
+
+@pytest.mark.parametrize("call, shown", QUESTIONS)
+def test_a_question_shows_all_that_is_asked(call, shown):
+    assert program.Answer().describe(call) == f"❓ Kiro wants to: {shown}"
+
+
+def test_what_a_question_leaves_out_is_counted():
+    shown = program.Answer().describe({"title": "w", "rawInput": {f"text{n}": "x" * 5000 for n in range(10)}})
+    assert shown.count("\n⚠️ 2007 more characters are not shown.") == 6 and shown.endswith("more characters are not shown.")
+    diff = {"type": "diff", "path": "big", "oldText": "a\n" * 500_000, "newText": "a\n" * 250_000 + "b\n" * 250_000}
+    assert "+ b" in program.Answer().describe({"content": [diff]})
+
+
+def test_an_answer_takes_in_what_kiro_says():
+    answer = program.Answer()
+
+    def hear(update, method="session/update", **fields):
+        answer.hear(method, {"update": {"sessionUpdate": update, **fields}})
+
+    def say(text):
+        hear("agent_message_chunk", content={"type": "text", "text": text})
+
+    hear("agent_thought_chunk", content={"type": "text", "text": "hm"})
+    assert not answer.heard and answer.text() == ""
+    say("one ")
+    say("two")
+    hear("tool_call", toolCallId="a", title="Reading", kind="read")
+    assert answer.running == "Reading" and answer.text() == "one two"
+    say("three")
+    assert answer.running == "" and answer.text() == "one two\n\nthree"  # what was said after it shows that it has ended
+    hear("tool_call", toolCallId="b", title="Testing")
+    hear("tool_call_update", toolCallId="a", status="completed")
+    assert answer.running == "Testing"
+    hear("tool_call_update", toolCallId="b", status="failed",
+         content=[{"type": "content", "content": {"type": "text", "text": "1 failed"}}])
+    assert answer.running == ""
+    say("wrong")
+    hear("stream_discarded", "_kiro.dev/session/update")
+    assert answer.text() == "one two\n\nthree" and answer.grace is None
+    hear("turn_end")
+    assert answer.grace
+    parts = answer.parts(program.Outcome("⏹ Stopped.", stopped=True), "note", ["full"])
+    assert [part["text"] for part in parts] == ["note", "one two\n\nthree", "full"] and parts[1]["end"] == "⏹ Stopped."
+
+
+def test_an_answer_that_is_nothing_but_a_tool_call_says_what_that_said():
+    answer = program.Answer()
+    for status in (None, "failed"):
+        answer.hear("session/update", {"update": {"sessionUpdate": "tool_call_update", "toolCallId": "t", "title": "Compacting",
+                    "status": status, "content": [{"content": {"text": "nothing to compact"}}]}})
+    assert answer.parts(program.Outcome(), "", [""]) == [program.plain_part("Compacting: failed\nnothing to compact")]
+    before = len(answer._tools)
+    for n in range(1000):
+        answer.hear("session/update", {"update": {"sessionUpdate": "tool_call", "toolCallId": str(n), "title": "t"}})
+    assert before == 0 and len(answer._tools) <= program.TOOLS_KEPT
 
 
 ONLY_NO = "k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]"
