@@ -259,7 +259,6 @@ class Poll:
 
     def __init__(self, bot: Bot) -> None:
         self._bot = bot
-        self._commands = Commands(bot)
         self._strangers: set[int] = set()
         self._batch: list[Accepted] = []
         self._body = ""                        # the update in hand, as JSON
@@ -281,6 +280,8 @@ class Poll:
         offset, failures, conflicts = None, 0, 0
         while not self._bot.closing.is_set():
             try:
+                for row in self._bot.store.take_told():        # by bot.py --tell, on this machine
+                    self._bot.commands.route(Incoming.from_journal(row))
                 updates = self._fetch(offset)
                 offset = self._take(updates) or offset
                 if failures:
@@ -416,21 +417,21 @@ class Poll:
         if message.content_type in util.content_type_service:
             return
         incoming = Incoming(self._update_id, message)
-        self._batch.append(Accepted("message", lambda: self._commands.route(incoming), self._row(message)))
+        self._batch.append(Accepted("message", lambda: self._bot.commands.route(incoming), self._row(message)))
 
     def _on_edit(self, message: types.Message) -> None:
         if self._lets_in(message.from_user, message.chat) and message.content_type in MESSAGE_KINDS:
             incoming = Incoming(self._update_id, message)
             row = None if incoming.command in OWN else self._row(message)     # as `Commands.edit` does
-            self._batch.append(Accepted("edit", lambda: self._commands.edit(incoming), row))
+            self._batch.append(Accepted("edit", lambda: self._bot.commands.edit(incoming), row))
 
     def _on_press(self, press: types.CallbackQuery) -> None:
         if press.message and self._lets_in(press.from_user, press.message.chat):
-            self._batch.append(Accepted("press", lambda: self._commands.press(press)))
+            self._batch.append(Accepted("press", lambda: self._bot.commands.press(press)))
 
     def _on_stop(self, stop: types.MessageGenerationStopped) -> None:
         if self._lets_in(stop.chat, stop.chat):       # it has no sender: the chat decides [tg 1.3]
-            self._batch.append(Accepted("press", lambda: self._commands.stop_draft(stop.chat.id, stop.draft_id)))
+            self._batch.append(Accepted("press", lambda: self._bot.commands.stop_draft(stop.chat.id, stop.draft_id)))
 
     def _row(self, message: types.Message) -> InboxMessage:
         """Return the message's row of the journal.  Raises ValueError for ids that are none."""
@@ -508,6 +509,14 @@ class Closing(Exception):
     """The bot is stopping: leave everything as it is."""
 
 
+def own_update(user_id: int, thread_id: int, text: str) -> str:
+    """Return the JSON of an update with a message that Telegram did not send."""
+    chat = {"id": user_id, "type": "private", "first_name": ""}
+    return json.dumps({"update_id": -1, "message": {
+        "message_id": 0, "date": 0, "chat": chat, "from": {**chat, "is_bot": False}, "text": text,
+        "message_thread_id": thread_id or None, "is_topic_message": bool(thread_id)}})
+
+
 class Bot:
     """Everything with one owner: settings, database, Telegram, places, conversations, living Kiro processes."""
 
@@ -522,6 +531,7 @@ class Bot:
         self.processes: set[Kiro] = set()      # started and not gone; each has a waiter that ends it
         self.spawning = threading.Lock()       # so that none is started unseen while the bot closes
         self.questions = Questions(self.errand)
+        self.commands = Commands(self)
         self._conversations: dict[tuple[int, int], Conversation] = {}
         self._lock = threading.Lock()
         self._errands: dict[Any, deque[Callable[[], Any]]] = {}      # by key; those of one key run one after the other
@@ -573,6 +583,14 @@ class Bot:
         except Exception:   # a bug; those that wait behind it must be run
             log.exception("An errand failed")
 
+    def say_as(self, user_id: int, thread_id: int, text: str) -> None:
+        """Take on a text as if the user had written it in this topic: what a button stands for, in the journal like it.
+
+        Raises StoreError.
+        """
+        row = self.store.receive_own(user_id, thread_id, own_update(user_id, thread_id, text))
+        self.commands.route(Incoming.from_journal(row))
+
     def quit(self, status: int, reason: str) -> None:
         """End the program with this exit status."""
         log.log(logging.ERROR if status else logging.INFO, "%s", reason)
@@ -589,7 +607,6 @@ class Bot:
         for turn in self.store.unfinished():
             if turn.user_id in self.settings.allowed:
                 self.conversation(turn.user_id, turn.thread_id).finish_turn(turn)
-        commands = Commands(self)
         for row in self.store.waiting():
             if row.user_id not in self.settings.allowed:
                 continue
@@ -599,7 +616,7 @@ class Bot:
                 log.error("A journaled message can't be read and is left out: %r", error)
                 self.store.done(row.update_id)
                 continue
-            commands.route(incoming)
+            self.commands.route(incoming)
 
     def _end_orphans(self) -> None:
         for session_id in self.store.session_ids():
@@ -854,7 +871,7 @@ class Conversation:
             first_to_wait, self._burst_seen = must_wait and not self._burst_seen, must_wait
             self._start()
         self.post("wake")
-        if first_to_wait:
+        if first_to_wait and incoming.message.message_id:
             self.bot.errand(self.key, self.chat.react, incoming.message.message_id, SEEN)
 
     def finish_turn(self, turn: UnfinishedTurn) -> None:
@@ -934,7 +951,7 @@ class Conversation:
         with self.lock:
             turn, waiting = self.turn, len(self.waiting)
         lines = [f"Session: {record.session_id if record else 'none yet'}",
-                 f"Model: {record.model if record else 'auto'}",
+                 f"Model: {self.agent.model()}",
                  f"Folder: {record.workspace_path if record else self.agent.default_workspace()}"]
         if known.context is not None:
             lines.append(f"Context used: {known.context:.0f} %")
@@ -1299,8 +1316,7 @@ class Job:
         """Make a session now, not with the next message."""
         self._turn.doing = "Starting a new session…"
         kiro = self._conversation.agent.begin_anew()
-        model = self._conversation.store.get_model(*self._conversation.key)
-        return f"✨ A new session has begun. Model: {model}. Folder: {kiro.workspace}", None
+        return f"✨ A new session has begun. Model: {self._conversation.agent.model()}. Folder: {kiro.workspace}", None
 
     def _model(self) -> tuple[str, Optional[Buttons]]:
         """Answer /model when Kiro has not told its models yet."""
@@ -1760,7 +1776,7 @@ class Questions:
 
 LESSON = """[About this chat, from the bot that brings you these messages: the user reads your answers in Telegram on a \
 phone, as Markdown. To send a file from the working directory, write <send_file path="relative/path">caption</send_file> in \
-the answer itself, outside of any code; the tag is not shown.]"""
+the answer itself, outside of any code; the tag is not shown. What you leave running in the background ends with your answer.]"""
 UPLOADS = "uploads"
 IMAGE_BYTES = 3_700_000         # of one image block [acp 7]
 IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
@@ -2267,13 +2283,20 @@ class Agent:
         return str(self._settings.workspaces / str(self._key[0]) / str(self._key[1]))
 
     def workspace(self) -> str:
-        """Return the thread's folder, made when it is missing: the one it had at first."""
-        record = self._store.get_session(*self._key)
-        path = record.workspace_path if record else self.default_workspace()
+        """Return the folder in which the thread works.  Its default one is made when it is missing; any other is not, and
+        where that is gone, as when the bot's folder has moved, the default one takes its place if it is there."""
+        record, default = self._store.get_session(*self._key), self.default_workspace()
+        path = record.workspace_path if record else default
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
+            if path != default and not os.path.isdir(path) and os.path.isdir(default):
+                self._store.upsert_session(*self._key, record.session_id, default, keep_model=True)
+                path = default
+            if path == default:
+                os.makedirs(path, mode=0o700, exist_ok=True)
         except OSError as error:
             raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
+        if not os.path.isdir(path):
+            raise KiroFailure(f"The folder {path} is no longer there.")
         return os.path.realpath(path)
 
     def _open_session(self, kiro: Kiro) -> None:
@@ -2354,30 +2377,29 @@ class Agent:
         kiro.session_id = session_id
 
     def _apply_model(self, kiro: Kiro) -> None:
-        """Make Kiro use the thread's model, if it does not already."""
-        wanted = self._store.get_model(*self._key)
-        models = kiro.models or (self.models._replace(current="") if self.models else None)
-        if models is None or wanted == models.current:
+        """Make Kiro use the model that somebody chose for this thread; where nobody did, it is told nothing."""
+        wanted, models = self._store.chosen_model(*self._key), kiro.models or self.models
+        if wanted is None or models is None or kiro.models and wanted == kiro.models.current:
             return
-        names = [name for name, _ in models.offered]
-        if wanted not in names:
-            if wanted != "auto":
-                self._store.set_model(*self._key, "auto")
-                self._conversation.notes.add(f"ℹ️ The model {wanted} is no longer offered; this topic is back to auto.")
-            wanted = "auto"
-        if wanted not in names or wanted == models.current or (not models.current and wanted == "auto"):
+        if wanted not in [name for name, _ in models.offered]:
+            self._store.unset_model(*self._key)
+            self._conversation.notes.add(f"ℹ️ The model {wanted} is no longer offered; this topic is back to Kiro's own choice.")
             return
         if models.config_id is None:
             method, params = "session/set_model", {"modelId": wanted}
         else:
             method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
-        kiro.models = models._replace(current=wanted)
+        self.models = kiro.models = models._replace(current=wanted)
         try:
             self.request(kiro, method, {"sessionId": kiro.session_id, **params}, MODEL_SECONDS)
         except (KiroRefusal, KiroSilent) as failure:
             self._conversation.notes.add(f"⚠️ The model may not be {wanted}: {failure}")
         finally:
             kiro.in_flight.pop(method, None)           # after a stop too: the next choice is another request
+
+    def model(self) -> str:
+        """Return the thread's model: the one that was chosen, else what Kiro reported last."""
+        return self._store.chosen_model(*self._key) or self.models and self.models.current or "auto"
 
     def model_names(self) -> list[str]:
         """Return the ids of the models that Kiro reported last."""
@@ -2391,7 +2413,7 @@ class Agent:
         if wanted and wanted in names:
             self._store.set_model(*self._key, wanted)
             return f"Model for this topic: {wanted}, from the next message on.", None
-        chosen = self._store.get_model(*self._key)
+        chosen = self.model()
         if wanted:
             text = f"Kiro has no model {wanted!r}. The model stays {chosen}. It offers: {', '.join(names)}"
         else:

@@ -9,9 +9,12 @@ Two parts share the file:
 * **inbox**: the journal.  A message is written here before Telegram is told that it was received.  Messages that go to
   Kiro as one prompt share a *turn* and change their state together:
 
-      waiting -> begun -> answered -> done
-                  |          |
-                  +----------+-> offered -> waiting again, or done
+      told -> waiting -> begun -> answered -> done
+                           |          |
+                           +----------+-> offered -> waiting again, or done
+
+  *told* is what `bot.py --tell` has put there; the bot that polls makes it wait.  Messages that Telegram did not send have
+  negative update_ids.
 
   *begun* is committed just before the prompt is sent, *answered* together with the parts of the answer before the first
   of them is sent; a part is deleted when Telegram has confirmed it.  *offered* turns were cut off: the topic has buttons
@@ -43,6 +46,11 @@ CREATE TABLE IF NOT EXISTS session_facts (
     session_id TEXT PRIMARY KEY,
     ended      INTEGER NOT NULL DEFAULT 0,   -- a turn of it has ended, so that it has a history to lose
     taught     INTEGER NOT NULL DEFAULT 0    -- it knows the tags that this bot understands
+);
+CREATE TABLE IF NOT EXISTS chosen_models (        -- threads for which somebody chose a model, maybe 'auto'
+    user_id   INTEGER NOT NULL,
+    thread_id INTEGER NOT NULL,
+    PRIMARY KEY (user_id, thread_id)
 );
 CREATE TABLE IF NOT EXISTS inbox (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of arrival
@@ -79,6 +87,12 @@ ON CONFLICT (user_id, thread_id) DO UPDATE SET
     session_id = :session, workspace_path = :path, model = CASE WHEN :keep THEN model ELSE 'auto' END, updated_at = :now
 """
 SET_MODEL = "UPDATE sessions SET model = ? WHERE user_id = ? AND thread_id = ?"
+CHOOSE = "INSERT OR IGNORE INTO chosen_models SELECT user_id, thread_id FROM sessions WHERE user_id = ? AND thread_id = ?"
+UNCHOOSE = "DELETE FROM chosen_models WHERE user_id = ? AND thread_id = ?"
+CHOSEN_MODEL = """
+SELECT model FROM sessions LEFT JOIN chosen_models AS chosen USING (user_id, thread_id)
+WHERE user_id = ? AND thread_id = ? AND (model <> 'auto' OR chosen.user_id IS NOT NULL)
+"""
 DELETE_SESSION = "DELETE FROM sessions WHERE user_id = ? AND thread_id = ?"
 COUNT_SESSIONS = "SELECT count(*) FROM sessions"
 SESSION_IDS = "SELECT session_id FROM sessions"
@@ -90,8 +104,16 @@ PURGE_FACTS = "DELETE FROM session_facts WHERE session_id NOT IN (SELECT session
 RECEIVE = """
 INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)
 """
+RECEIVE_OWN = """
+INSERT INTO inbox (update_id, user_id, thread_id, message_id, body, state, changed_at)
+SELECT min(0, coalesce(min(update_id), 0)) - 1, ?, ?, 0, ?, ?, ? FROM inbox
+"""
 EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ? AND state IN ('waiting', 'offered')"
 MESSAGES = "SELECT update_id, user_id, thread_id, message_id, body FROM inbox"
+BY_ID = MESSAGES + " WHERE id = ?"
+TOLD = MESSAGES + " WHERE state = 'told' ORDER BY id"
+TAKE_TOLD = "UPDATE inbox SET state = 'waiting' WHERE state = 'told'"
+COUNT_TOLD = "SELECT count(*) FROM inbox WHERE user_id = ? AND thread_id = ? AND update_id < 0 AND state IN ('told', 'waiting')"
 WAITING = MESSAGES + " WHERE state = 'waiting' ORDER BY id"
 OF_TURN = MESSAGES + " WHERE turn_id = ? ORDER BY id"
 NEW_TURN = "INSERT INTO turns (user_id, thread_id) VALUES (?, ?)"
@@ -212,11 +234,26 @@ class SessionStore:
                "keep": keep_model}
         with self._transaction() as db:
             db.execute(UPSERT_SESSION, row)
+            if not keep_model:
+                db.execute(UNCHOOSE, (user_id, thread_id))
 
     def set_model(self, user_id: int, thread_id: int, model: str) -> None:
         """Choose the thread's model; nothing happens without a row."""
         with self._transaction() as db:
             db.execute(SET_MODEL, (model, user_id, thread_id))
+            db.execute(CHOOSE, (user_id, thread_id))
+
+    def chosen_model(self, user_id: int, thread_id: int) -> Optional[str]:
+        """Return the thread's model if somebody chose it, else None: Kiro's own configuration says then which."""
+        with self._transaction() as db:
+            row = db.execute(CHOSEN_MODEL, (user_id, thread_id)).fetchone()
+        return row[0] if row else None
+
+    def unset_model(self, user_id: int, thread_id: int) -> None:
+        """Nobody's choice holds any more."""
+        with self._transaction() as db:
+            db.execute(SET_MODEL, ("auto", user_id, thread_id))
+            db.execute(UNCHOOSE, (user_id, thread_id))
 
     def get_model(self, user_id: int, thread_id: int) -> str:
         """Return the thread's model, `auto` without a row."""
@@ -264,6 +301,25 @@ class SessionStore:
             for edit in edits:
                 db.execute(EDIT, (edit.body, edit.user_id, edit.message_id))
         return new
+
+    def receive_own(self, user_id: int, thread_id: int, body: str, state: str = "waiting") -> InboxMessage:
+        """Journal a message that Telegram did not send; return it."""
+        with self._transaction() as db:
+            row_id = db.execute(RECEIVE_OWN, (user_id, thread_id, body, state, utc_now())).lastrowid
+            return InboxMessage(*db.execute(BY_ID, (row_id,)).fetchone())
+
+    def take_told(self) -> list[InboxMessage]:
+        """Make what was told wait, and return it, in order of arrival."""
+        with self._transaction() as db:
+            messages = [InboxMessage(*row) for row in db.execute(TOLD)]
+            if messages:
+                db.execute(TAKE_TOLD)
+        return messages
+
+    def count_told(self, user_id: int, thread_id: int) -> int:
+        """Return how many messages that Telegram did not send wait in a topic."""
+        with self._transaction() as db:
+            return db.execute(COUNT_TOLD, (user_id, thread_id)).fetchone()[0]
 
     def waiting(self) -> list[InboxMessage]:
         """Return the messages that no turn has begun, in order of arrival."""

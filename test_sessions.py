@@ -121,8 +121,8 @@ class Habits:
 
     A mishap is an object with any of `delay` (seconds), `gate` (name), `stderr` (text), `junk` (true),
     `big_line` (kB), `kill` (true), `exit` (code), `error` (code, with `message` and `data`), `hang` (true: no
-    answer; of a cancel, the only one), `deaf` (true: nothing is read from stdin after this step) and `times` (only
-    so often, over all processes).
+    answer; of a cancel, the only one), `talk` (true: no answer, but something else all the time), `deaf` (true:
+    nothing is read from stdin after this step) and `times` (only so often, over all processes).
     """
 
     def __init__(self, control):
@@ -354,6 +354,9 @@ class Agent:
                 self.leave(mishap["exit"], clean=False)
             if "error" in mishap:
                 raise Refusal(mishap["error"], mishap.get("message", "Internal error"), mishap.get("data"))
+            while "talk" in mishap:
+                self.notify("_kiro.dev/subagent/list_update", subagents=[], pendingStages=[])
+                pause(0.02)
         return any("hang" in mishap for mishap in mishaps)
 
     def wait_for_gate(self, name, pause=time.sleep):
@@ -1073,8 +1076,17 @@ class Turn:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL,
                          stdout=stream, stderr=stream, start_new_session="setsid" in words)
 
+    def do_zombie(self, _):
+        """`!zombie`: leave a dead process in our group for which nobody waits; its parent is no longer ours."""
+        import subprocess
+        script = ("import os, time; ours = os.getpgrp(); os.setpgid(0, 0); dead = os.fork()\n"
+                  "if not dead: os.setpgid(0, ours); os._exit(0)\n"
+                  "os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT); print(flush=True); time.sleep(600)")
+        subprocess.Popen([sys.executable, "-c", script], env={"KIRO_STAND_IN": self.agent.control},
+                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout.readline()
 
-if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["kills"]):
+
+if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["kills"], ["watch"]):
     Agent().run()
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1087,6 +1099,7 @@ import http.server
 import random
 import re
 import shlex
+import shutil
 import socket
 import socketserver
 import sqlite3
@@ -2114,15 +2127,33 @@ def wait_until(condition, timeout=10, what="the condition"):
     return result
 
 
-def processes_with(mark):
-    """The living processes that have the bytes `mark` in their environment."""
-    found = set()
+def processes_of(folder):
+    """The living processes whose control folder is this one, or in it: bots, agents, and what those have left."""
+    mark, found = b"\0KIRO_STAND_IN=" + os.fsencode(folder) + b"/", set()
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0"):
+                if mark in b"\0" + (process / "environ").read_bytes().replace(b"\0", b"/\0"):
                     found.add(int(process.name))
     return found
+
+
+@contextlib.contextmanager
+def watched(folder):
+    """What is started inside, with control folders in this one, ends with us at the latest, also when we are killed."""
+    with subprocess.Popen([sys.executable, __file__, "watch", str(folder)], stdin=subprocess.PIPE, start_new_session=True):
+        yield
+
+
+def watch(folder):
+    """The process that sees to it: our stdin ends with whoever started us, however that came about."""
+    sys.stdin.read()
+    time.sleep(0.05)  # for what was just being started
+    while left := processes_of(folder):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 class Bot:
@@ -2311,7 +2342,7 @@ class Bot:
     def agents(self):
         """The pids of all processes that descend from agents of this bot, also what `!spawn` left."""
         own = {self.process.pid} if self.process else set()
-        return processes_with(b"KIRO_STAND_IN=" + os.fsencode(self.control)) - own
+        return processes_of(self.control) - own
 
     def wait_agents(self, count, timeout=10):
         """Wait until exactly so many processes are there; returns their pids."""
@@ -2365,7 +2396,7 @@ ROUNDS = 15
 
 def bench():
     """Measure the bot between the stand-ins, with an agent as slow as Kiro, and print the medians."""
-    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
         bot = Bot(folder, telegram, MAX_PROCESSES=4)
         bot.habits(**SLOW_AGENT)
         bot.start()
@@ -2381,7 +2412,7 @@ def bench():
         for chunks in (20_000, 40_000):
             report(f"processor time for {chunks} chunks", 0.8 * chunks / 20_000, [chunk_cost(telegram, bot, chunks)], "s")
         bot.kill()
-    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
         thirty_topics(Bot(folder, telegram, WARM_SECONDS=2).start(), telegram)
     return 0
 
@@ -2462,7 +2493,7 @@ def thirty_topics(bot, telegram):
 def kills(count=50, seed=None):
     """Kill a bot `count` times at random moments under load, and print what became of the messages."""
     seed = random.randrange(10**6) if seed is None else seed
-    with tempfile.TemporaryDirectory() as folder, Telegram() as telegram:
+    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
         bot = Bot(folder, telegram, WARM_SECONDS=3)
         try:
             begun = time.monotonic()
@@ -2567,7 +2598,8 @@ class Soak:
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench() if sys.argv[1] == "bench" else kills(*map(int, sys.argv[2:])))
+    run, arguments = {"bench": bench, "kills": kills, "watch": watch}[sys.argv[1]], sys.argv[2:]
+    raise SystemExit(run(*(map(int, arguments) if run is kills else arguments)))
 
 # ---------------------------------------------------------------------------------------------------------
 # The tests: fixtures
@@ -2621,6 +2653,15 @@ class Spares:
             telegram, bot = future.result()
             with telegram:
                 bot.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def orderly_run(tmp_path_factory):
+    """Nothing outlives the run; and what it starts hears SIGINT, also where a shell has put the run into the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # children would inherit that, but not a handler
+        signal.signal(signal.SIGINT, lambda *_: None)
+    with watched(tmp_path_factory.getbasetemp()):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -2883,17 +2924,19 @@ def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
 def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, bot):
     assert ask(telegram, "/start") == ask(telegram, "/help") and "/new" in telegram.texts()[-1]
     assert "none yet" in ask(telegram, "/status")
-    ask(telegram, "!context 42")
-    row = row_of(bot)
+    assert "finished without" in ask(telegram, "!context 42.4\n!credits 0.5 0.25")
+    session = row_of(bot)["session_id"]
     telegram.write("!say x\n!wait go", thread=7)
     bot.wait_prompt("!wait go")
     waiting = telegram.write("more", thread=7)
     status = ask(telegram, "/status")
-    for part in (row["session_id"], row["workspace_path"], "auto", "42 %", "Running", "1 waiting"):
-        assert part in status
+    for told in (session, "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "Running for", "1 waiting"):
+        assert told in status
     telegram.wait_for(DRAFT, containing="x", after=telegram.find(containing="1 waiting")[0])
     bot.open_gate("go")
     telegram.answer("echo: more", after=waiting)
+    settle(bot)
+    assert "Nothing is running" in ask(telegram, "/status")
     assert {command["command"] for command in telegram.commands} == {"new", "stop", "model", "status", "help"}
 
 
@@ -2946,6 +2989,32 @@ def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
 
 
 @bot_with(QUICK)
+def test_no_frame_of_a_turn_comes_after_its_answer(telegram, bot):
+    scripts = ["!chunks 20 50", "!tool execute Running: make\n!say done", "!say half\n!kill", "!say half\n!silence"]
+    for thread, script in enumerate(scripts, 1):
+        telegram.write(script, thread=thread)
+    telegram.stop(telegram.wait_for(DRAFT, containing="half", thread=4))
+    answers = [telegram.answer(thread=thread) for thread in range(1, 5)]
+    goes_on(telegram, 1, 2, 3, 4)  # which takes several times as long as a frame may be old
+    for answer in answers:
+        first, *_ = drafts = telegram.drafts(answer.thread)
+        last = [draft for draft in drafts if draft.params["draft_id"] == first.params["draft_id"]][-1]
+        assert last.number < answer.number, f"{last} after {answer}"
+
+
+@bot_with(QUICK)
+def test_what_kiro_says_after_the_end_of_a_turn_is_no_part_of_the_answer(telegram, bot):
+    telegram.write("!say mine\n!wait go\n!late not mine\n!late_ask", thread=7)
+    telegram.wait_for(DRAFT, containing="mine")
+    stuck = telegram.fault(DRAFT, hang=10)  # so that the bot meets the end and what follows it at once
+    telegram.wait_until(lambda: stuck.hits)
+    bot.open_gate("go")
+    bot.wait_wire("in", when=lambda entry: "cancelled" in str(entry["frame"].get("result")))
+    stuck.end()
+    assert telegram.answer(thread=7).text == "mine"
+
+
+@bot_with(QUICK)
 def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, bot):
     telegram.write("!chunks 90 100\n!tool execute Running: make\n!wait go", thread=7)
     draft = telegram.wait_for(DRAFT, containing="make", count=4)
@@ -2994,6 +3063,39 @@ def test_stop_ends_a_turn_that_waits_for_a_place(telegram, bot):
     assert len(bot.prompts()) == 2
 
 
+@bot_with(MAX_PROCESSES=1, WARM_SECONDS=0)
+def test_a_place_that_comes_free_at_the_moment_of_a_stop_goes_to_the_next(telegram, bot):
+    telegram.write("!wait go", thread=6)
+    bot.wait_prompt("!wait go")
+    stuck = telegram.fault(DRAFT, hang=10, when=lambda call: call.thread == 7)  # so that both reach the turn at once
+    telegram.write("never", thread=7)
+    telegram.wait_until(lambda: stuck.hits)
+    bot.open_gate("go")
+    telegram.answer(thread=6)
+    bot.wait_agents(0)
+    stop = telegram.write("/stop", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(stop))
+    stuck.end()
+    assert "Stopped" in telegram.answer(thread=7).text
+    goes_on(telegram, 8)
+
+
+def test_a_stop_means_what_was_there_and_not_what_comes_after(telegram, bot):
+    stuck = telegram.fault(DRAFT, hang=10)  # so that the turn does not meet the stop before all three are there
+    wrong = telegram.write("wrong", thread=7)
+    telegram.wait_until(lambda: stuck.hits)
+    with telegram.batch_of_updates():
+        telegram.write("/stop", thread=7)
+        right = telegram.write("right", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(right))
+    stuck.end()
+    stopped = telegram.answer("⏹ Stopped before Kiro began.", thread=7, after=wrong)
+    telegram.answer("echo: right", thread=7)
+    assert len(bot.prompts()) == 1
+    telegram.press(stopped, "Ask again")
+    telegram.answer("echo: wrong", thread=7)
+
+
 @bot_with(QUICK)
 def test_the_button_of_an_older_draft_does_nothing(telegram, bot):
     ask(telegram, "first")
@@ -3013,7 +3115,7 @@ def test_the_button_of_an_older_draft_does_nothing(telegram, bot):
 
 
 def test_the_journal_knows_how_far_each_message_is(telegram, bot):
-    first = telegram.write("!say said\n!wait go", thread=7)
+    telegram.write("!say said\n!wait go", thread=7)
     bot.wait_prompt("!wait go")
     assert states(bot) == ["begun"]
     second = telegram.write("second", thread=7)
@@ -3025,9 +3127,7 @@ def test_the_journal_knows_how_far_each_message_is(telegram, bot):
     assert states(bot) == ["answered", "waiting"]
     unconfirmed.end()
     telegram.answer("echo: second")
-    telegram.redeliver(first)
     settle(bot)
-    assert ask(telegram, "third") == "echo: third" and len(bot.prompts()) == 3
 
 
 def test_a_message_that_cannot_be_journaled_is_not_acknowledged(telegram, bot):
@@ -3045,24 +3145,38 @@ def test_a_message_that_cannot_be_journaled_is_not_acknowledged(telegram, bot):
 def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, bot):
     telegram.write("!wait go", thread=7)
     bot.wait_prompt("!wait go")
-    texts = ["one", "two", "three", "/compact now", "four", "five"]
+    texts = ["one", "two", "three", "/compact  all of\nit", "/agent@kiro_test_bot swap", "four", "five"]
     messages = [telegram.write(text, thread=7) for text in texts]
     telegram.edit(messages[1], "TWO")
     telegram.wait_for("setMessageReaction")
-    telegram.wait_until(lambda: telegram.acknowledged > telegram.last_update_id)
+    assert "7 waiting" in ask(telegram, "/status")
     bot.open_gate("go")
     telegram.answer("echo: four")
-    assert telegram.texts(7)[1:] == ["echo: one\n\nTWO\n\nthree", "The conversation was compacted.", "echo: four\n\nfive"]
-    assert bot.prompts()[2] == "/compact now" and len(bot.prompts()) == 4
+    assert telegram.texts(7)[2:] == ["echo: one\n\nTWO\n\nthree", "The conversation was compacted.", "echo: /agent swap",
+                                     "echo: four\n\nfive"]
+    _, first, *commands, last = bot.prompts()
+    assert first.startswith("one\n\nTWO\n\nthree") and last.startswith("four\n\nfive")
+    assert commands == ["/compact  all of\nit", "/agent swap"]
     [reaction] = telegram.find("setMessageReaction")
     assert reaction.params["message_id"] == messages[0]["message_id"]
 
 
-def test_a_pasted_text_that_the_client_split_is_one_prompt(telegram, bot):
-    telegram.write("x" * 4096, thread=7)
-    telegram.write("y", thread=7)
-    telegram.answer(thread=7, when=lambda call: call.text.endswith("xx\ny"))
-    assert len(bot.prompts()) == 1
+def test_what_went_as_edited_is_not_run_again_at_the_next_start(telegram, bot):
+    telegram.write("!wait go", thread=7)
+    bot.wait_prompt("!wait go")
+    telegram.edit(telegram.write("wrong", thread=7), "right")
+    telegram.wait_until(lambda: telegram.acknowledged > telegram.last_update_id)
+    bot.open_gate("go")
+    telegram.answer("echo: right", thread=7)
+    bot.restart()
+    assert ask(telegram, "next") == "echo: next" and len(bot.prompts()) == 3
+
+
+def test_a_reply_outside_topics_stays_outside(telegram, bot):
+    first = telegram.write("first")
+    telegram.answer("echo: first", thread=None)
+    reply = telegram.write("!recall", reply_to=first, message_thread_id=first["message_id"])
+    assert "before: first" in telegram.answer(after=reply).text and telegram.texts(None) == telegram.texts()
 
 
 def most_at_once(bot):
@@ -3201,13 +3315,6 @@ def test_markdown_is_made_safe_and_looks_right(telegram, bot):
     assert "![" not in part and "\\$5" in part and "&lt;word" in part
 
 
-def test_a_refused_rich_message_comes_as_plain_text(telegram, bot):
-    telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_DEPTH_INVALID")
-    assert recite(telegram, bot, "**bold** and $5") == ["**bold** and $5"]
-    telegram.fault("sendRichMessage", status=404, description="Not Found")
-    assert recite(telegram, bot, "**again** and $5") == ["**again** and $5"]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The tests: a session: models
 # ---------------------------------------------------------------------------------------------------------
@@ -3251,29 +3358,31 @@ def test_a_model_is_chosen_during_a_turn(telegram, bot):
 
 
 @pytest.mark.parametrize("dialect", ["config", "grouped", "both", "models"])
+@bot_with(WARM_SECONDS=0)
 def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
     long = "anthropic/" + "claude" * 20 + "[1m](beta)"
-    bot.habits(dialect=dialect, models=["auto", "short", long, long + "2"])
+    bot.habits(dialect=dialect, models=["auto", "short", long, long + "2"], forget_model=True)
     listed = model_list(telegram)
     assert len({button["callback_data"] for button in telegram.buttons(listed)}) == 4
     telegram.press(listed, 2)
     telegram.wait_for("editMessageText", containing="Model for this topic")
     assert row_of(bot)["model"] == long
-    ask(telegram, "hello")
+    assert ask(telegram, "hello") == "echo: hello"
+    assert ask(telegram, "/model short").startswith("Model for this topic: short")
+    for _ in range(2):
+        assert ask(telegram, "!model") == "model: short"
+    setters = [entry["frame"] for entry in bot.wire("in") if "set_" in entry["frame"].get("method", "")]
     by_option = dialect in ("config", "grouped")
-    [choice] = sent(bot, "session/set_config_option" if by_option else "session/set_model")
-    del choice["sessionId"]
-    assert choice == ({"configId": "llm", "value": long} if by_option else {"modelId": long})
+    assert {frame["method"] for frame in setters} == {"session/set_config_option" if by_option else "session/set_model"}
+    assert {frame["params"].pop("sessionId") for frame in setters} == {row_of(bot)["session_id"]}
+    chosen = [{"configId": "llm", "value": model} if by_option else {"modelId": model} for model in (long, "short", "short")]
+    assert [frame["params"] for frame in setters] == chosen
 
 
-@bot_with(WARM_SECONDS=0)
-def test_a_model_that_has_vanished_falls_back_to_auto(telegram, bot):
-    ask(telegram, "/model claude-haiku-4.5")
-    bot.wait_agents(0)
-    bot.habits(models=["auto", "other"])
-    note = ask(telegram, "!model")
-    assert "claude-haiku-4.5 is no longer offered" in note and row_of(bot)["model"] == "auto"
-    telegram.answer("model: auto")
+def test_an_agent_that_names_no_models_has_none_to_choose_from(telegram, bot):
+    bot.habits(dialect="none")
+    assert ask(telegram, "hello") == "echo: hello"
+    assert ask(telegram, "/model claude-sonnet-4").startswith("Kiro reports no models")
 
 
 def test_the_last_of_two_quick_choices_counts(telegram, bot):
@@ -3301,6 +3410,27 @@ def test_a_stop_leaves_no_choice_behind(telegram, bot):
     assert ask(telegram, "!model") == "model: claude-sonnet-4"
 
 
+def test_kiro_is_told_no_model_where_nobody_chose_one(telegram, bot):
+    bot.habits(forget_model=True)
+    ask(telegram, "hello")
+    ask(telegram, "again")
+    assert not sent(bot, "session/set_model")
+    ask(telegram, "/model auto")
+    ask(telegram, "once more")
+    assert "Model: auto" in ask(telegram, "/status")
+
+
+def test_a_folder_that_is_gone_is_not_made_again_where_the_topic_has_its_own(telegram, bot):
+    ask(telegram, "hello")
+    elsewhere = bot.folder / "elsewhere"
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE sessions SET workspace_path = ?", (str(elsewhere),))
+    bot.restart()
+    ask(telegram, "again")
+    assert not elsewhere.exists()
+    assert bot.database()[0]["workspace_path"] == str(bot.workspace(7).resolve())
+
+
 def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
     ask(telegram, "hello")
     bot.habits(new={"gate": "go"})
@@ -3326,25 +3456,6 @@ def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, bot):
     assert telegram.answer("After.", thread=7).text == "Before.\n\nBetween.\n\nAfter."
 
 
-def test_status_tells_session_model_folder_context_and_cost(telegram, bot):
-    telegram.write("/status", thread=7)
-    assert "none yet" in telegram.answer("Session:", thread=7).text
-    telegram.write("!context 42.4\n!credits 0.5 0.25", thread=7)
-    telegram.answer("finished without", thread=7)
-    telegram.write("!wait gate", thread=7)
-    bot.wait_prompt("!wait gate")
-    telegram.write("wait", thread=7)
-    telegram.write("/status", thread=7)
-    status = telegram.answer("Running for", thread=7).text
-    session, = bot.database()
-    for told in (session["session_id"], "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "1 waiting"):
-        assert told in status
-    bot.open_gate("gate")
-    telegram.answer("echo: wait", thread=7)
-    telegram.write("/status", thread=7)
-    telegram.answer("Nothing is running", thread=7)
-
-
 def test_a_nearly_full_context_is_told_once(telegram, bot):
     telegram.write("!context 85\n!say one", thread=7)
     telegram.answer("85 %", thread=7)
@@ -3365,23 +3476,6 @@ def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
         assert "/new" not in ask(telegram, "!error -32603 The request was throttled by the service")
     telegram.write("fine", thread=7)
     telegram.answer("echo: fine", thread=7)
-
-
-def test_other_commands_go_to_kiro_alone_and_unchanged(telegram, bot):
-    telegram.wait_until(lambda: telegram.commands)
-    assert {command["command"] for command in telegram.commands} >= {"new", "stop", "model", "status", "help"}
-    telegram.write("!wait gate", thread=7)
-    bot.wait_prompt("!wait gate")
-    for text in ("before", "and this", "/compact  all of\nit", "/agent@kiro_test_bot swap", "after"):
-        telegram.write(text, thread=7)
-    telegram.wait_for("setMessageReaction")
-    telegram.write("/status", thread=7)
-    telegram.answer("5 waiting", thread=7)
-    bot.open_gate("gate")
-    telegram.answer("echo: after", thread=7)
-    prompts = bot.prompts()[1:]
-    assert prompts[0].startswith("before\n\nand this") and prompts[1:3] == ["/compact  all of\nit", "/agent swap"]
-    assert prompts[3].startswith("after") and len(prompts) == 4
 
 
 def test_a_forwarded_command_is_a_text(telegram, bot):
@@ -3408,9 +3502,15 @@ def test_what_each_process_tells_anew_is_said_once(telegram, bot):
 
 
 def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram, bot):
-    for text in ("one", "/compact", "two", "three", "/clear", "four", "five"):
+    for text in ("one", "/compact", "two", "three", "/clear", "four", "five", "/clear"):
         ask(telegram, text)
-    assert ["<send_file" in prompt for prompt in bot.prompts()] == [True, False, True, False, False, True, False]
+    telegram.write("!silence", thread=7)
+    bot.wait_prompt("!silence")
+    telegram.write("/stop", thread=7)
+    telegram.answer("Stopped", thread=7)
+    ask(telegram, "six")
+    assert (["<send_file" in prompt for prompt in bot.prompts()]
+            == [True, False, True, False, False, True, False, False, True, True])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3418,6 +3518,7 @@ def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram
 # ---------------------------------------------------------------------------------------------------------
 
 
+@bot_with(dict(JOIN_SECONDS=0.4))
 def test_albums_and_split_texts_are_one_prompt(telegram, bot):
     telegram.album(*({"kind": "document", "data": b"%d" % n, "name": f"{n}.txt"} for n in range(3)),
                    caption="three", thread=7)
@@ -3426,8 +3527,8 @@ def test_albums_and_split_texts_are_one_prompt(telegram, bot):
     together = wait_until(lambda: len(bot.prompts()) == 2 and sorted(bot.prompts()))
     assert "a" * 1900 in together[0] or "aaa" in together[0]
     assert [together[1].count(name) for name in ("three", "0.txt", "1.txt", "2.txt")] == [1, 1, 1, 1]
-    telegram.answer("b" * 100, thread=8)
-    assert len(bot.wire("in", "session/prompt")) == 2
+    telegram.answer(thread=8, when=lambda call: call.text.endswith("aa\n" + "b" * 100))
+    assert len(bot.prompts()) == 2
 
 
 def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
@@ -3564,78 +3665,106 @@ def started_agent(bot, thread):
     return agent
 
 
-# What Kiro does in a turn, how often the prompt is sent, whether it is offered again, and the topic's messages.
+def turn(name, script, times, offered, texts):
+    """What Kiro does in a turn, how often the prompt is sent, whether it is offered again, and the topic's messages."""
+    return pytest.param(script, times, offered, texts, id=name)
+
+
 TURNS = [
-    ("!exit 3 boom", 2, True, ["⚠️ Kiro has exited (exit status 3: boom)."]),
-    ("!exit 0", 2, True, ["⚠️ Kiro has exited (exit status 0)."]),
-    ("!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
-    ("!thought hm\n!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
-    ("!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
-    ("!say half\n!exit 1 boom", 1, True, ["half", "⚠️ Kiro has exited (exit status 1: boom)."]),
-    ("!tool execute Running: make\n!kill", 1, True, ["⚠️ Kiro has exited (signal 9)."]),
-    ("!say half\n!close_stdout\n!silence", 1, True, ["half", "⚠️ Kiro has exited"]),
-    ("!silence", 1, True, ["⚠️ Kiro said nothing for 2 s"]),
-    ("!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s"]),
-    ("!bigline 33", 1, True, ["⚠️ Kiro has exited (Kiro sent a line of more than 32 MB)."]),
-    ("!error -32603 The model 'X' is not available", 1, True, ["⚠️ The model 'X' is not available"]),
-    ("!error_object -32603 Throttled", 1, True, ["⚠️ Throttled"]),
-    ("!say half\n!error -32603 Too long", 1, True, ["half", "⚠️ Too long"]),
-    ("!thought hm", 1, False, ["Kiro has finished without saying anything."]),
-    ("!rate_limit Too many requests", 1, False, ["Too many requests"]),
-    ("!say all\n!turn_end", 1, False, ["all"]),
-    ("!turn_end", 1, False, ["Kiro has finished without saying anything."]),
-    ("!say all\n!turn_end exit", 1, False, ["all"]),
-    ("!say so\n!tool read a.txt\n!interrupted", 1, False,
-     ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
-    ("!interrupted", 1, False, ["Tool uses were interrupted, waiting for the next user prompt"]),
-    ("!say wrong\n!discard\n!say right", 1, False, ["right"]),
-    ("!say a\n!tool read a.txt\n!say wrong\n!discard\n!say b", 1, False, ["a\n\nb"]),
-    ('!say kept\n!raw {"jsonrpc":"2.0","method":"_kiro.dev/session/update","params":{"sessionId":"of-a-subagent",'
-     '"update":{"sessionUpdate":"stream_discarded"}}}', 1, False, ["kept"]),
-    ("!retry_warning\n!say after all", 1, False, ["after all"]),
-    ("!request fs/write_text_file\n!request _vendor/thing", 1, False,
-     ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
-    ("!junk\n!say ok", 1, False, ["ok"]),
-    ('!raw {"jsonrpc":"2.0","method":"session/update",'
-     '"params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n!say ok', 1, False, ["ok"]),
-    ("!bigline 10\n!say ok", 1, False, ["ok"]),
-    ("!stderr 300\n!say ok", 1, False, ["ok"]),
-    ("!update_other_session no\n!say mine\n!late no\n!late_ask", 1, False, ["mine"]),
-    ("!surrogates", 1, False, ["😀"]),
-    ("!oauth https://tracker.test/login\n!say ok", 1, False,
-     ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
-    ("!compaction\n!say ok", 1, False, ["ok"]),
-    ("!compaction", 1, False, ["The conversation was compacted."]),
-    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status","params":{"status":{"type":["started"]}}}\n!say ok',
-     1, False, ["ok"]),
-    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status",'
-     '"params":{"status":{"type":"failed","error":"too short"}}}', 1, False,
-     ["⚠️ The conversation could not be compacted: too short"]),
-    ('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
-     1, False, ["Kiro can't read an agent's configuration: no such field", "ok"]),
-    ("!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
-    ("!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
-    ("!stop_reason cancelled", 1, True, ["ℹ️ Kiro ended this turn early (cancelled)."]),
-    ("!spawn pipes\n!say ok", 1, False, ["ok"]),
-    ("!spawn setsid\n!say ok", 1, False, ["ok"]),
-    ("!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+    turn("exit status and stderr", "!exit 3 boom", 2, True, ["⚠️ Kiro has exited (exit status 3: boom)."]),
+    turn("exit without an error", "!exit 0", 2, True, ["⚠️ Kiro has exited (exit status 0)."]),
+    turn("killed", "!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
+    turn("killed after a thought", "!thought hm\n!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
+    turn("killed after text", "!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+    turn("exit after text",
+         "!say half\n!exit 1 boom", 1, True, ["half", "⚠️ Kiro has exited (exit status 1: boom)."]),
+    turn("killed while a tool runs",
+         "!tool execute Running: make\n!kill", 1, True, ["⚠️ Kiro has exited (signal 9)."]),
+    turn("stdout closed", "!say half\n!close_stdout\n!silence", 1, True, ["half", "⚠️ Kiro has exited"]),
+    turn("silent", "!silence", 1, True, ["⚠️ Kiro said nothing for 2 s"]),
+    turn("silent after text", "!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s"]),
+    turn("a line of 33 MB", "!bigline 33", 1, True, ["⚠️ Kiro has exited (Kiro sent a line of more than 32 MB)."]),
+    turn("error", "!error -32603 The model 'X' is not available", 1, True, ["⚠️ The model 'X' is not available"]),
+    turn("error in an object", "!error_object -32603 Throttled", 1, True, ["⚠️ Throttled"]),
+    turn("error after text", "!say half\n!error -32603 Too long", 1, True, ["half", "⚠️ Too long"]),
+    turn("nothing but a thought", "!thought hm", 1, False, ["Kiro has finished without saying anything."]),
+    turn("nothing but a rate limit", "!rate_limit Too many requests", 1, False, ["Too many requests"]),
+    turn("turn_end", "!say all\n!turn_end", 1, False, ["all"]),
+    turn("turn_end and nothing else", "!turn_end", 1, False, ["Kiro has finished without saying anything."]),
+    turn("turn_end and exit", "!say all\n!turn_end exit", 1, False, ["all"]),
+    turn("interrupted after text",
+         "!say so\n!tool read a.txt\n!interrupted", 1, False,
+         ["so\n\nTool uses were interrupted, waiting for the next user prompt"]),
+    turn("interrupted", "!interrupted", 1, False, ["Tool uses were interrupted, waiting for the next user prompt"]),
+    turn("discarded text", "!say wrong\n!discard\n!say right", 1, False, ["right"]),
+    turn("discarded after a tool", "!say a\n!tool read a.txt\n!say wrong\n!discard\n!say b", 1, False, ["a\n\nb"]),
+    turn("discarded by a subagent",
+         '!say kept\n!raw {"jsonrpc":"2.0","method":"_kiro.dev/session/update","params":{"sessionId":"of-a-subagent",'
+         '"update":{"sessionUpdate":"stream_discarded"}}}', 1, False, ["kept"]),
+    turn("retry warning", "!retry_warning\n!say after all", 1, False, ["after all"]),
+    turn("unknown requests",
+         "!request fs/write_text_file\n!request _vendor/thing", 1, False,
+         ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
+    turn("junk", "!junk\n!say ok", 1, False, ["ok"]),
+    turn("odd usage",
+         '!raw {"jsonrpc":"2.0","method":"session/update",'
+         '"params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n!say ok', 1, False, ["ok"]),
+    turn("a line of 10 MB", "!bigline 10\n!say ok", 1, False, ["ok"]),
+    turn("300 kB on stderr", "!stderr 300\n!say ok", 1, False, ["ok"]),
+    turn("another session's and late words",
+         "!update_other_session no\n!say mine\n!late no\n!late_ask", 1, False, ["mine"]),
+    turn("half surrogates", "!surrogates", 1, False, ["😀"]),
+    turn("login of an MCP server",
+         "!oauth https://tracker.test/login\n!say ok", 1, False,
+         ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
+    turn("compaction", "!compaction\n!say ok", 1, False, ["ok"]),
+    turn("nothing but a compaction", "!compaction", 1, False, ["The conversation was compacted."]),
+    turn("odd compaction",
+         '!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status","params":{"status":{"type":["started"]}}}\n!say ok',
+         1, False, ["ok"]),
+    turn("failed compaction",
+         '!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status",'
+         '"params":{"status":{"type":"failed","error":"too short"}}}', 1, False,
+         ["⚠️ The conversation could not be compacted: too short"]),
+    turn("bad agent configuration",
+         '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
+         1, False, ["Kiro can't read an agent's configuration: no such field", "ok"]),
+    turn("refusal", "!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
+    turn("token limit", "!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
+    turn("cancelled by Kiro", "!stop_reason cancelled", 1, True, ["ℹ️ Kiro ended this turn early (cancelled)."]),
+    turn("a process holds the pipes", "!spawn pipes\n!say ok", 1, False, ["ok"]),
+    turn("a process in its own session", "!spawn setsid\n!say ok", 1, False, ["ok"]),
+    turn("killed and a process holds the pipes",
+         "!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
 ]
 
 
-@bot_with(SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4)
-def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(telegram, bot):
-    threads = range(1, len(TURNS) + 1)
-    for thread, (script, _, _, texts) in zip(threads, TURNS):
-        telegram.write(script, thread=thread)
-    for thread, (script, times, offered, texts) in zip(threads, TURNS):
-        last = telegram.answer(texts[-1], thread, timeout=20)
-        assert offers(telegram, last) == (AGAIN if offered else []), script
-        told = telegram.texts(thread)
-        assert len(told) == len(texts) and all(map(str.startswith, told, texts)), script
-        assert [prompt.partition("\n[About")[0] for prompt in bot.prompts()].count(script) == times, script
-    goes_on(telegram, *threads)
-    assert [len(telegram.texts(thread)) for thread in threads] == [len(texts) + 1 for *_, texts in TURNS]
-    nothing_stays(bot)
+@pytest.fixture(scope="module")
+def turns(request, tmp_path_factory):
+    """Lets Kiro do all that is asked for at once, each in a topic of its own: (telegram, bot, topics by script)."""
+    cases = [item.callspec.params["script"] for item in request.session.items if "turns" in item.fixturenames]
+    threads = {script: thread for thread, script in enumerate(cases, 1)}
+    with Telegram() as telegram:
+        bot = Bot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4)
+        bot.hurry(**SOON_ENDED).start()
+        for script, thread in threads.items():
+            telegram.write(script, thread=thread)
+        yield telegram, bot, threads
+        nothing_stays(bot)
+        bot.close()
+
+
+@pytest.mark.parametrize("script, times, offered, texts", TURNS)
+def test_whatever_kiro_does_in_a_turn_is_answered_once_and_the_topic_goes_on(turns, script, times, offered, texts):
+    telegram, bot, threads = turns
+    thread = threads[script]
+    last = telegram.answer(texts[-1], thread, timeout=20)
+    assert offers(telegram, last) == (AGAIN if offered else [])
+    told = telegram.texts(thread)
+    assert len(told) == len(texts) and all(map(str.startswith, told, texts))
+    assert [prompt.partition("\n[About")[0] for prompt in bot.prompts()].count(script) == times
+    goes_on(telegram, thread)
+    assert len(telegram.texts(thread)) == len(texts) + 1
 
 
 @bot_with(WARM_SECONDS=0)
@@ -3692,6 +3821,12 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
         bot.habits(**habits)
         card = tell(telegram, "and now", 7, "⚠️ ")
         assert session_id(bot, 7) == session, habits
+    bot.habits(load={"error": -32603, "data": "You are not logged in"})
+    away = session_path(bot, 7).parent.with_name("away")
+    session_path(bot, 7).parent.rename(away)  # as if it were lost, too
+    card = tell(telegram, "and now", 7, "kiro-cli login")
+    shutil.rmtree(session_path(bot, 7).parent)
+    away.rename(session_path(bot, 7).parent)
     bot.habits()
     assert offers(telegram, card) == AGAIN
     tell(telegram, "!recall", 7, "before: hello")
@@ -3751,7 +3886,7 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     bot.wait_agents(0)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    sleeper = subprocess.Popen(["sleep", "60"])
+    sleeper = subprocess.Popen(["sleep", "60"], env=bot.environment())
     agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), stdin=subprocess.PIPE, cwd=bot.folder)
     try:
         for number, process in enumerate([dead, sleeper, agent]):  # the last two: the pid was given to another
@@ -3907,34 +4042,21 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bo
     assert not telegram.find(containing="⚠️")
 
 
-@pytest.mark.parametrize("dialect", ["config", "none"])
-@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
-def test_models_are_set_in_the_dialect_that_is_spoken(telegram, bot, dialect):
-    bot.habits(dialect=dialect, forget_model=True)
-    telegram.write("hello", thread=7)
-    telegram.answer("echo: hello", thread=7)
-    if dialect == "none":
-        tell(telegram, "/model claude-sonnet-4", 7, "Kiro reports no models")
-        return
-    tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic: claude-sonnet-4")
-    tell(telegram, "!model", 7, "model: claude-sonnet-4")
-    tell(telegram, "!model", 7, "model: claude-sonnet-4")
-    setters = [entry["frame"]["method"] for entry in bot.wire("in") if "set_" in entry["frame"].get("method", "")]
-    assert len(set(setters)) == 1
-
-
-@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(dict(MODEL_SECONDS=0.3), WARM_SECONDS=0, SILENCE_SECONDS=1)
 def test_a_model_that_kiro_does_not_take_is_told(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
     bot.habits(set_model={"hang": True})
     tell(telegram, "one", 7,
          "⚠️ The model may not be claude-sonnet-4: Kiro did not answer session/set_model", "echo: one")
+    bot.habits(set_model={"talk": True})
+    tell(telegram, "and", 7, "Kiro did not answer session/set_model", "echo: and")
     bot.habits(set_model={"error": -32603, "data": "Not for you"})
     tell(telegram, "two", 7, "⚠️ The model may not be claude-sonnet-4: Not for you", "echo: two")
-    bot.habits(models=["auto"])
+    bot.habits(models=["auto", "other"])
     tell(telegram, "!model", 7,
-         "The model claude-sonnet-4 is no longer offered; this topic is back to auto.", "model: auto")
+         "The model claude-sonnet-4 is no longer offered; this topic is back to Kiro's own choice.", "model: auto")
+    assert row_of(bot)["model"] == "auto"
     bot.habits()
     goes_on(telegram, 7)
     nothing_stays(bot)
@@ -3965,10 +4087,19 @@ def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, bot):
     nothing_stays(bot)
 
 
+@bot_with(dict(LEFTOVER_SECONDS=10), WARM_SECONDS=0, MAX_PROCESSES=1)
+def test_a_zombie_that_nobody_waits_for_keeps_no_place(telegram, bot):
+    tell(telegram, "!zombie\n!say left", 7, "left")
+    tell(telegram, "next", 8, "echo: next", timeout=5)
+    parent, = bot.wait_agents(1)
+    os.kill(parent, signal.SIGKILL)
+
+
 def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bot):
     bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp").hurry(**SOON_ENDED)
     program = bot.folder / "kiro"
-    program.write_text(f"#!/bin/sh\nenv -i sleep 600 & echo $! > {bot.control}/left\nexec {KIRO_COMMAND}\n")
+    program.write_text(f"#!/bin/sh\nenv -i KIRO_STAND_IN=$KIRO_STAND_IN sleep 600 & echo $! > {bot.control}/left\n"
+                       f"exec {KIRO_COMMAND}\n")
     program.chmod(0o700)
     bot.start()
     tell(telegram, "hello", 7, "echo: hello")
@@ -4098,12 +4229,12 @@ def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(telegram, make_bot):
 
 
 def test_what_telegram_refuses_as_rich_goes_plain(telegram, bot):
-    telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_WHATEVER")
-    telegram.fault("sendRichMessage", status=404, description="Not Found: method not found")
-    for text in ("**refused**", "**unknown**", "**known to be unknown**"):
-        telegram.write(f"!say {text}", thread=7)
-        assert telegram.answer(text, thread=7).method == "sendMessage"
-    assert len(telegram.find("sendRichMessage", ok=None)) == 2
+    for status, why in ((400, "Bad Request: RICH_MESSAGE_DEPTH_INVALID"), (400, "Bad Request: RICH_MESSAGE_WHATEVER"),
+                        (404, "Not Found: method not found")):
+        telegram.fault("sendRichMessage", status=status, description=why)
+    for text in ("**refused** and $5", "**again** and $6", "**unknown** and $7", "**known to be unknown** and $8"):
+        assert recite(telegram, bot, text) == [text]
+    assert len(telegram.find("sendMessage")) == 4 and len(telegram.find("sendRichMessage", ok=None)) == 3
 
 
 def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the_topic(telegram, bot):
@@ -4177,11 +4308,12 @@ def test_what_is_delivered_again_is_not_answered_again(telegram, bot):
     telegram.answer("once", thread=7)
     wait_state(bot, "done")
     telegram.redeliver(message)
+    assert ask(telegram, "soon") == "echo: soon"
+    telegram.redeliver(message)
     bot.restart()
     telegram.redeliver(message)
-    telegram.write("!say later", thread=7)
-    telegram.answer("later", thread=7)
-    assert len(bot.prompts()) == 2 and times_said(telegram, "once") == 1
+    assert ask(telegram, "later") == "echo: later"
+    assert len(bot.prompts()) == 3 and times_said(telegram, "once") == 1
 
 
 def test_a_hundred_messages_at_once_are_all_answered_in_their_order(telegram, bot):
@@ -4367,6 +4499,55 @@ def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
     assert bot.process.returncode == 0 and not bot.agents()
 
 
+# A slow machine: the folder of topic 8 is made, and a process of topic 9 started, only some time after the gate is open.
+SLOW = """
+import os, subprocess, time
+def wait():
+    while not os.path.exists(os.environ["KIRO_STAND_IN"] + "/go"):
+        time.sleep(0.005)
+    time.sleep(0.2)
+def makedirs(path, *args, make=os.makedirs, **kwargs):
+    make(path, *args, **kwargs)
+    if path.endswith("/8"):
+        wait()
+def popen(self, *args, start=subprocess.Popen.__init__, **kwargs):
+    start(self, *args, **kwargs)
+    if str(kwargs.get("cwd")).endswith("/9"):
+        wait()
+os.makedirs, subprocess.Popen.__init__ = makedirs, popen
+import bot
+bot.start([])
+"""
+
+
+@pytest.fixture
+def slow_bot(make_bot):
+    bot = make_bot()
+    bot.habits(ignore_stdin_end=True, cancel={"hang": True})
+    bot.command = lambda *arguments: [sys.executable, "-c", SLOW]
+    return bot.start()
+
+
+def test_a_process_that_is_starting_when_the_bot_is_stopped_ends_with_it(telegram, slow_bot):
+    telegram.write("hello", thread=9)
+    slow_bot.wait_wire("start")
+    slow_bot.process.terminate()
+    slow_bot.open_gate("go")
+    assert slow_bot.ended() == 0 and not slow_bot.agents()
+
+
+def test_no_process_is_started_once_the_bot_is_being_stopped(telegram, slow_bot):
+    telegram.write("!silence", thread=7)
+    slow_bot.wait_prompt("!silence")
+    telegram.write("hello", thread=8)
+    wait_until(slow_bot.workspace(8).exists)
+    slow_bot.process.terminate()
+    slow_bot.wait_wire("in", "session/cancel")
+    slow_bot.open_gate("go")
+    assert slow_bot.ended() == 0 and not slow_bot.agents()
+    assert len(slow_bot.wire("start")) == 1
+
+
 def test_kiro_ends_when_the_bot_dies(telegram, bot):
     telegram.write("hello", thread=7)
     telegram.answer("hello", thread=7)
@@ -4443,8 +4624,8 @@ def test_numbers_and_kinds_that_nobody_expects_end_nothing(telegram, bot):
                            ("_kiro.dev/mcp/oauth_request", '{"serverName":["a"],"oauthUrl":{"b":1}}')):
         telegram.write(f'!raw {{"jsonrpc":"2.0","method":"{method}","params":{params}}}\n!say ok', thread=7)
     telegram.answer("ok", thread=7)
-    telegram.write("/status", thread=7)
-    telegram.answer("Nothing is running", thread=7)
+    settle(bot)
+    assert "Nothing is running" in ask(telegram, "/status")
 
 
 @bot_with(dict(BUSY_SECONDS=0.2, JOURNAL_RETRY_SECONDS=0.3))
@@ -4569,11 +4750,14 @@ def test_nobody_is_allowed_by_an_empty_list(telegram, bot):
 def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     secret = telegram.write("!tool execute Running: make\n!ask\n!say done", thread=7)
     question = telegram.answer("Kiro wants to", thread=7)
+    waiting = telegram.write("as I wrote it", thread=7)
     draft = telegram.drafts(7)[0]
     before = telegram.mark()
     mallorys = telegram.write("let me in", user=MALLORY)
     telegram.write("/status", user=MALLORY, thread=7)
     telegram.edit(mallorys, "please")
+    for forged in ({"from": MALLORY}, {"chat": {**GROUP, "id": ALICE["id"]}}):
+        telegram.edit({**waiting, **forged}, "as somebody else wrote it")
     telegram.send_file("document", b"virus", name="virus", user=MALLORY)
     telegram.write("!say to the group", chat=GROUP)
     telegram.write("/status", chat=GROUP, thread=3)
@@ -4594,6 +4778,23 @@ def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     assert telegram.buttons(question) and not list(bot.folder.glob(f"workspaces/{MALLORY['id']}"))
     telegram.press(question, "Yes")
     telegram.answer("allow_once", thread=7)
+    telegram.answer("echo: as I wrote it", thread=7)
+
+
+@bot_with(MAX_PROCESSES=1)
+def test_who_is_no_longer_allowed_is_not_served_but_what_they_wrote_is_kept(telegram, bot):
+    telegram.write("!wait go\n!say begun", thread=8, user=BOB)
+    bot.wait_prompt("begun")
+    waiting = telegram.write("as I wrote it", thread=9, user=BOB)
+    telegram.wait_until(lambda: telegram.is_acknowledged(waiting))
+    bot.kill()
+    bot.start(ALLOWED_TELEGRAM_IDS=ALICE["id"])
+    telegram.edit(waiting, "as I thought later")
+    assert ask(telegram, "mine") == "echo: mine"
+    assert not telegram.find(user=BOB) and len(bot.prompts()) == 2
+    bot.restart(ALLOWED_TELEGRAM_IDS=f"{ALICE['id']},{BOB['id']}")
+    telegram.answer("I was interrupted", thread=8, user=BOB)
+    telegram.answer("echo: as I wrote it", thread=9, user=BOB)
 
 
 FORGED = [
@@ -5125,6 +5326,25 @@ def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegr
         telegram.answer("my turn", thread=thread)
 
 
+SLOW_TO_ACT = """
+def act_on(self, kind, act=k.Turn.act_on):
+    self.agent.wait_for_gate("act", self.pause)
+    act(self, kind)
+k.Turn.act_on = act_on
+"""
+
+
+def test_the_clock_of_silence_stands_while_a_question_is_open_and_starts_anew_with_the_decision(telegram, make_bot, tmp_path):
+    bot = make_bot(SILENCE_SECONDS=1, KIRO_COMMAND=patched_kiro(tmp_path, SLOW_TO_ACT)).hurry(TOOL_PATIENCE=0.7).start()
+    telegram.write("!ask Running: make\n!say and so on", thread=7)
+    asked = question(telegram, "make")
+    tell(telegram, "!tool execute Running: tests\n!silence", 8, "⚠️ Kiro said nothing")  # so long it is
+    telegram.press(asked, "Yes")
+    settled(telegram, asked, "→ Yes")
+    bot.open_gate("act")
+    assert telegram.answer(thread=7, after=asked).text == "permission: allow_once\nand so on"
+
+
 def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
     telegram.write("!ask Running: first", thread=7)
     telegram.write("!ask Running: second", thread=8)
@@ -5264,17 +5484,6 @@ def test_allow_mode_allows_by_kind(telegram, make_bot, tmp_path, code, kind):
 # ---------------------------------------------------------------------------------------------------------
 # The tests: odd moments
 # ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_stop_means_what_was_there_and_not_what_comes_after(telegram, bot):
-    bot.habits(new={"gate": "go"})
-    with telegram.batch_of_updates():
-        telegram.write("wrong", thread=7)
-        telegram.write("/stop", thread=7)
-        telegram.write("right", thread=7)
-    bot.open_gate("go")
-    telegram.answer("echo: right", thread=7)
-    assert telegram.texts(7)[0].startswith("⏹ Stopped before Kiro began.") and len(bot.prompts()) == 1
 
 
 def test_allow_after_stop_is_too_late(telegram, bot):
