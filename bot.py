@@ -31,15 +31,15 @@ Threads.  main: starts, then waits for a signal, and every half second gives a s
 program that something has frozen.  poll: says what was found at the start, then `Poll.run`; it waits for Telegram's
 getUpdates (and deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has commands or
 presses to be answered, while it has.  conversation: one for each conversation that has work or a warm process; it alone calls
-Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  For each Kiro process four
-more: reader, writer, stderr, and a waiter, which sees what is left of the process to its end and gives its place back; while
-it is ended, an ender, which sends the signals.
+Kiro and sends drafts and answers; while a file is downloaded, an aside thread does that for it.  keeper: one for each Kiro
+process; it reads, writes, sees the process and what that leaves behind to their end, and gives its place back.
 
 Locks, each held for a moment and never across a network call or a turn: `Conversation.lock` (what waits, the turn and its
-phase, whether there is a thread), `Questions._lock`, `Places._lock`, `Pace._lock`, `Kiro._lock` (no signal to a pid that is
-gone), `Bot._lock` (the table of conversations), `Bot.spawning` (no process starts unseen while the bot closes), and the
-database's own.  Read without one, each a single value that is replaced as a whole: `Agent.models` and `Agent.known` (for
-/status), `Kiro.turn_open`, `Telegram.rich`, `Draft.stopped`, `Delivery.sending`; and what Kiro has said so far, when the bot stops.
+phase, whether there is a thread), `Questions._lock`, `Places._lock`, `Pace._lock`, `Bot._lock` (the table of conversations),
+`Bot.spawning` (no process starts unseen while the bot closes), and the database's own.  What is sent to Kiro is handed to its
+keeper by adding to a buffer, which is one step.  Read without a lock, each a single value that is replaced as a whole:
+`Agent.models` and `Agent.known` (for /status), `Kiro.turn_open`, `Telegram.rich`, `Draft.stopped`, `Delivery.sending`; and
+what Kiro has said so far, when the bot stops.
 
 Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of kiro-acp.md and of
 telegram.md, the developers' notes on kiro-cli's ACP mode and on the Bot API, which name their sources.
@@ -53,14 +53,17 @@ import sys
 if __name__ == "__main__":
     # CPython keeps the syntax tree of the file that it runs for as long as it runs, 8 MB here; a module's it does not.
     AS_MODULE = "import os, sys; sys.path[0] = os.path.dirname(sys.argv[1]); import bot; bot.start(sys.argv[2:])"
-    os.execv(sys.executable, [sys.executable, "-c", AS_MODULE, os.path.realpath(__file__), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", "-c", AS_MODULE, os.path.realpath(__file__), *sys.argv[1:]])
 
 import argparse
 import base64
-import bisect
+import difflib
+import errno
 import faulthandler
 import fcntl
 import hashlib
+import io
+import itertools
 import json
 import logging
 import math
@@ -75,7 +78,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import tempfile
 import termios
@@ -83,20 +85,19 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, NamedTuple, Optional
+from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import requests
 import telebot
 import urllib3
-from dotenv import load_dotenv
+from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from telebot import apihelper, types, util
 from telebot.version import __version__ as telebot_version
 
-from sessions import InboxMessage, SessionRecord, SessionStore, StoreError, UnfinishedTurn
+from sessions import InboxMessage, SessionFacts, SessionRecord, SessionStore, StoreError, UnfinishedTurn
 
 log = logging.getLogger("bot")
 
@@ -109,6 +110,20 @@ DATABASE = "tg-acp.db"
 
 TELEGRAM_API = "https://api.telegram.org"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+DEFAULTS = {"BOT_TOKEN": "",
+            "ALLOWED_TELEGRAM_IDS": "",
+            "KIRO_COMMAND": "kiro-cli acp --agent-engine v2",
+            "WORKSPACE_BASE_PATH": "./workspaces/",
+            "MAX_PROCESSES": "3",
+            "WARM_SECONDS": "300",
+            "TOOL_APPROVAL": "ask",
+            "SILENCE_SECONDS": "600",
+            "START_SECONDS": "60",
+            "RICH_MESSAGES": "on",
+            "TRANSCRIBE_COMMAND": "",
+            "LOG_LEVEL": "INFO",
+            "TELEGRAM_API_URL": TELEGRAM_API}
+ALIKE = 0.85                    # of two names, by difflib; TELEGRAM_API_ID is less like TELEGRAM_API_URL
 
 
 class SettingsError(Exception):
@@ -125,29 +140,32 @@ class Settings(NamedTuple):
     warm_seconds: float
     ask_permission: bool
     silence_seconds: float
+    start_seconds: float
     rich_messages: bool
+    transcribe_command: list[str]     # none: voice notes stay files
     log_level: str
     api_url: str
     folder: Path                  # the bot's own: `.env` and the database are here
+    umask: int = 0o077            # Kiro's: the one that the bot was started with
 
 
 def read_settings(env: dict[str, str], folder: Path, need_token: bool = True) -> Settings:
     """Return the settings found in `env`; relative paths are taken from `folder`.  Raises SettingsError."""
-    def value(name: str, default: str = "") -> str:
-        return env.get(name, "").strip() or default
-
+    values = {name: env.get(name, "").strip() or default for name, default in DEFAULTS.items()}
     return Settings(
-        token=_token(value("BOT_TOKEN"), need_token),
-        allowed=_user_ids(value("ALLOWED_TELEGRAM_IDS")),
-        kiro_command=_command(value("KIRO_COMMAND", "kiro-cli acp --agent-engine v2"), folder),
-        workspaces=(folder / Path(value("WORKSPACE_BASE_PATH", "./workspaces/")).expanduser()).resolve(),
-        max_processes=int(_number("MAX_PROCESSES", value("MAX_PROCESSES", "3"), at_least=1, whole=True)),
-        warm_seconds=_number("WARM_SECONDS", value("WARM_SECONDS", "300"), at_least=0),
-        ask_permission=_choice("TOOL_APPROVAL", value("TOOL_APPROVAL", "ask"), ("ask", "allow")) == "ask",
-        silence_seconds=_number("SILENCE_SECONDS", value("SILENCE_SECONDS", "600"), at_least=1),
-        rich_messages=_choice("RICH_MESSAGES", value("RICH_MESSAGES", "on"), ("on", "off")) == "on",
-        log_level=_choice("LOG_LEVEL", value("LOG_LEVEL", "INFO"), LOG_LEVELS),
-        api_url=_url("TELEGRAM_API_URL", value("TELEGRAM_API_URL", TELEGRAM_API)),
+        token=_token(values["BOT_TOKEN"], need_token),
+        allowed=_user_ids(values["ALLOWED_TELEGRAM_IDS"]),
+        kiro_command=_command(values["KIRO_COMMAND"], folder),
+        workspaces=_folder(values, "WORKSPACE_BASE_PATH", folder),
+        max_processes=int(_number(values, "MAX_PROCESSES", at_least=1, whole=True)),
+        warm_seconds=_number(values, "WARM_SECONDS", at_least=0),
+        ask_permission=_choice(values, "TOOL_APPROVAL", ("ask", "allow")) == "ask",
+        silence_seconds=_number(values, "SILENCE_SECONDS", at_least=1),
+        start_seconds=_number(values, "START_SECONDS", at_least=1),
+        rich_messages=_choice(values, "RICH_MESSAGES", ("on", "off")) == "on",
+        transcribe_command=_words("TRANSCRIBE_COMMAND", values["TRANSCRIBE_COMMAND"], folder),
+        log_level=_choice(values, "LOG_LEVEL", LOG_LEVELS),
+        api_url=_url(values, "TELEGRAM_API_URL"),
         folder=folder,
     )
 
@@ -163,7 +181,7 @@ def _token(text: str, needed: bool) -> str:
 
 
 def _user_ids(text: str) -> frozenset[int]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = re.findall(r"[^\s,]+", text)
     for name in names:
         if not re.fullmatch(r"[1-9]\d{0,18}", name, re.ASCII):
             raise SettingsError(f"ALLOWED_TELEGRAM_IDS: {name!r} is no numeric user id (write to the bot to learn yours)")
@@ -171,13 +189,17 @@ def _user_ids(text: str) -> frozenset[int]:
 
 
 def _command(text: str, folder: Path) -> list[str]:
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise SettingsError(f"KIRO_COMMAND can't be read as a command line: {error}") from error
+    words = _words("KIRO_COMMAND", text, folder)
     if not words:
         raise SettingsError("KIRO_COMMAND is empty")
-    return [_absolute(word, folder, is_program=n == 0) for n, word in enumerate(words)]
+    return words
+
+
+def _words(name: str, text: str, folder: Path) -> list[str]:
+    try:
+        return [_absolute(word, folder, is_program=n == 0) for n, word in enumerate(shlex.split(text))]
+    except ValueError as error:
+        raise SettingsError(f"{name} can't be read as a command line: {error}") from error
 
 
 def _absolute(word: str, folder: Path, is_program: bool) -> str:
@@ -191,34 +213,44 @@ def _absolute(word: str, folder: Path, is_program: bool) -> str:
     return word
 
 
-def _number(name: str, text: str, at_least: float, whole: bool = False) -> float:
+def _folder(values: dict[str, str], name: str, base: Path) -> Path:
     try:
-        number = float(text)
+        return (base / Path(values[name]).expanduser()).resolve()
+    except RuntimeError as error:          # ~nobody
+        raise SettingsError(f"{name}: {values[name]!r}: {error}") from error
+
+
+def _number(values: dict[str, str], name: str, at_least: float, whole: bool = False) -> float:
+    try:
+        number = float(values[name])
     except ValueError:
         number = math.nan
     if not (at_least <= number < math.inf) or (whole and number != int(number)):
-        raise SettingsError(f"{name}: {text!r} is not a {'whole ' if whole else ''}number of at least {at_least:g}")
+        kind = "whole number" if whole else "number"
+        raise SettingsError(f"{name}: {values[name]!r} is not a {kind} of at least {at_least:g}")
     return number
 
 
-def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
+def _choice(values: dict[str, str], name: str, choices: tuple[str, ...]) -> str:
     for choice in choices:
-        if text.lower() == choice.lower():
+        if values[name].lower() == choice.lower():
             return choice
-    raise SettingsError(f"{name}: {text!r} is none of {', '.join(choices)}")
+    raise SettingsError(f"{name}: {values[name]!r} is none of {', '.join(choices)}")
 
 
-def _url(name: str, text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise SettingsError(f"{name}: {text!r} is no http or https address")
-    return text.rstrip("/")
+def _url(values: dict[str, str], name: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", values[name]):
+        raise SettingsError(f"{name}: {values[name]!r} is no http or https address")
+    return values[name].rstrip("/")
 
 
 class Redacted(logging.Formatter):
     """Log lines in which the bot's token can't appear, whatever brought it there [tg 5.6]."""
 
     def __init__(self, token: str) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        journal = os.environ.get("JOURNAL_STREAM")     # which notes the time by itself
+        in_journal = journal and journal == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+        super().__init__(("" if in_journal else "%(asctime)s ") + "%(levelname)s %(message)s")
         secret = token.partition(":")[2]
         self._secrets = [token, token.replace(":", "%3A"), *([secret] if len(secret) >= 8 else [])] if token else []
 
@@ -244,14 +276,21 @@ def set_up_logging(settings: Settings) -> None:
 # Poll: updates in, one loop; gate and journal
 # ======================================================================================================================
 
-ALLOWED_UPDATES = ["message", "edited_message", "callback_query", "stopped_message_generation"]   # sticky, so always given
+MESSAGE_FIELDS = ["message_id", "from", "chat", "date", "message_thread_id", "is_topic_message", "media_group_id", "text"]
+FIELDS = {"message": MESSAGE_FIELDS,
+          "edited_message": MESSAGE_FIELDS,
+          "callback_query": ["id", "from", "chat_instance", "message", "data"],
+          "stopped_message_generation": ["chat", "message_thread_id", "draft_id"]}
+NESTED = ["reply_to_message", "external_reply", "forward_origin"]
+ALLOWED_UPDATES = list(FIELDS)  # sticky, so always given
 POLL_SECONDS = 25               # a long poll; Telegram's cap is 50 [tg 5.1]
 CONFLICT_SECONDS = (2, POLL_SECONDS + 10)   # a stray one passes; else longer than a poll: two bots would take turns
 CONFLICTS_AT_MOST = 8
 STRANGER = "This bot is private. Your Telegram user id is {}; its owner can add it to ALLOWED_TELEGRAM_IDS."
 STRANGERS_REMEMBERED = 1000
-MESSAGE_KINDS = frozenset(["text", "photo", "document", "audio", "voice", "video", "video_note", "animation", "sticker",
-                           "rich_message"])
+UNREADABLE = "I couldn't read what you sent just now. Please send it in another way."
+EMPTY_SECONDS = 1               # between two empty answers; some servers give them at once
+EDIT_SECONDS = 2 * 60           # how long after it was written a message can become a /stop
 
 
 class Poll:
@@ -260,9 +299,9 @@ class Poll:
     def __init__(self, bot: Bot) -> None:
         self._bot = bot
         self._strangers: set[int] = set()
+        self._env = b""                        # what `.env` says
         self._batch: list[Accepted] = []
-        self._body = ""                        # the update in hand, as JSON
-        self._update_id = 0
+        self._update: dict[str, Any] = {}      # the one in hand
         self._told_of_trouble: set[tuple[int, int]] = set()        # (user, thread)
         self._telebot = telebot.TeleBot(bot.settings.token, threaded=False)
         self._register()
@@ -279,15 +318,17 @@ class Poll:
         """Poll until the bot closes.  The next poll's offset is what tells Telegram that a batch was received [tg 5.5]."""
         offset, failures, conflicts = None, 0, 0
         while not self._bot.closing.is_set():
+            asked_at = time.monotonic()
             try:
                 for row in self._bot.store.take_told():        # by bot.py --tell, on this machine
                     self._bot.commands.route(Incoming.from_journal(row))
                 updates = self._fetch(offset)
+                self._look_at_env()
                 offset = self._take(updates) or offset
                 if failures:
                     log.info("Polling again")
                 failures = conflicts = 0
-                continue
+                pause = 0 if updates else asked_at + EMPTY_SECONDS - time.monotonic()
             except Unauthorized:
                 return self._bot.quit(1, "Telegram no longer accepts BOT_TOKEN (401): get the current one from @BotFather")
             except Conflict as error:
@@ -305,12 +346,28 @@ class Poll:
                 pause = retry_delay(failures + 2)
                 log.error("Messages can't be journaled and stay with Telegram: %s", error)
                 failures += 1
-            self._bot.closing.wait(pause)
+            self._bot.closing.wait(max(0, pause))
 
     def _fetch(self, offset: Optional[int]) -> list[dict]:
         updates = self._bot.telegram.call(apihelper.get_updates, offset=offset, timeout=10,
                                           long_polling_timeout=POLL_SECONDS, allowed_updates=ALLOWED_UPDATES)
         return updates if isinstance(updates, list) else []
+
+    def _look_at_env(self) -> None:
+        """Take over who may use the bot, when `.env` has changed."""
+        settings = self._bot.settings
+        path = settings.folder / ".env"
+        try:
+            content = path.exists() and path.read_bytes()
+            if content in (False, self._env):
+                return
+            self._env = content
+            allowed = load_settings(settings.folder, need_token=False).allowed
+        except (OSError, SettingsError) as error:
+            return log.error("Who may use the bot stays as it was: %s", error)
+        if allowed != settings.allowed:
+            self._bot.settings = settings._replace(allowed=allowed)
+            log.info("Allowed from now on: %s", describe_allowed(self._bot.settings))
 
     def _resolve(self, conflict: Conflict, times: int) -> float:
         """Return how long to wait after so many 409 in a row: another bot's poll, one of our own that lingers, or a webhook."""
@@ -334,6 +391,10 @@ class Poll:
         for update in updates:
             self._dispatch(update)
         batch, self._batch = self._batch, []
+        followed = set()                       # topics in which something comes later in the batch
+        for incoming in (a.incoming for a in reversed(batch) if a.incoming):
+            incoming.followed = incoming.key in followed
+            followed.add(incoming.key)
         try:
             new = self._bot.store.receive([a.row for a in batch if a.row and a.kind == "message"],
                                           [a.row for a in batch if a.row and a.kind == "edit"])
@@ -352,21 +413,24 @@ class Poll:
 
     def _dispatch(self, update: dict) -> None:
         """Parse one update and let its handler look at it; whatever is wrong with it stays with it."""
-        self._body, self._update_id = json.dumps(update), update["update_id"]
+        self._update = update
         try:
-            self._telebot.process_new_updates([types.Update.de_json(json.dumps(without_novelties(update)))])
-        except Exception as error:   # telebot's parsers raise anything [tg 1.3]; a bad update must not stop the others
-            log.error("Update %s can't be read and is left out: %r", self._update_id, error)
+            self._telebot.process_new_updates([types.Update.de_json(plain(update))])
+        except StoreError:
+            raise
+        except Exception as error:   # whatever is in it; a bad update must not stop the others
+            log.error("Update %s can't be read and is left out: %r", update["update_id"], error)
             self._apologize(update)
 
     def _apologize(self, update: dict) -> None:
-        """Tell an allowed user that a message of theirs was left out, if that much of it can be read."""
+        """Tell an allowed user where they wrote that it was left out, if that much of it can be read."""
         try:
-            sender, chat = update["message"]["from"]["id"], update["message"]["chat"]
+            message = message_in(update)
+            sender, chat = (update.get("callback_query") or message)["from"]["id"], message["chat"]
             if sender in self._bot.settings.allowed and chat["id"] == sender and chat["type"] == "private":
-                self._bot.errand((sender, 0), self._bot.conversation(sender, 0).tell,
-                                 "I couldn't read one of your messages. Please send it in another way.")
-        except (KeyError, TypeError):
+                key = sender, thread_of(message)
+                self._bot.errand(key, self._bot.conversation(*key).tell, UNREADABLE)
+        except (KeyError, TypeError, AttributeError):
             pass
 
     def _hand_over(self, accepted: Accepted) -> None:
@@ -399,7 +463,7 @@ class Poll:
             self._strangers.clear()
         self._strangers.add(stranger)
         log.info("A stranger wrote: user %s", stranger)
-        self._bot.errand("strangers", self._tell_stranger, stranger, thread_of(message))
+        self._bot.errand("strangers", self._tell_stranger, stranger, thread_of(self._update["message"]))
 
     def _tell_stranger(self, stranger: int, thread_id: int) -> None:
         try:
@@ -414,40 +478,51 @@ class Poll:
     def _on_message(self, message: types.Message) -> None:
         if not self._lets_in(message.from_user, message.chat):
             return self._turn_away(message)
-        if message.content_type in util.content_type_service:
+        if self._update["message"].keys() & util.content_type_service:
             return
-        incoming = Incoming(self._update_id, message)
-        self._batch.append(Accepted("message", lambda: self._bot.commands.route(incoming), self._row(message)))
+        incoming = Incoming.read(self._update["update_id"], self._update)
+        self._batch.append(Accepted("message", lambda: self._bot.commands.route(incoming), self._row(incoming), incoming))
 
     def _on_edit(self, message: types.Message) -> None:
-        if self._lets_in(message.from_user, message.chat) and message.content_type in MESSAGE_KINDS:
-            incoming = Incoming(self._update_id, message)
-            row = None if incoming.command in OWN else self._row(message)     # as `Commands.edit` does
-            self._batch.append(Accepted("edit", lambda: self._bot.commands.edit(incoming), row))
+        if not self._lets_in(message.from_user, message.chat) or "location" in self._update["edited_message"]:     # it moves
+            return
+        incoming = Incoming.read(self._update["update_id"], self._update)
+        row = self._row(incoming)
+        body, state = self._bot.store.find_message(row.user_id, row.message_id)
+        if body and contents(message_in(json.loads(body))) == contents(incoming.message):
+            return                             # it got a reaction, or a link preview [tg 7]
+        row = None if incoming.command in OWN else row     # as `Commands.edit` does
+        self._batch.append(Accepted("edit", lambda: self._bot.commands.edit(incoming, state), row, incoming))
 
     def _on_press(self, press: types.CallbackQuery) -> None:
-        if press.message and self._lets_in(press.from_user, press.message.chat):
+        message, sender = press.message, press.from_user
+        if message:
+            message.json = self._update["callback_query"]["message"]
+        if self._lets_in(sender, message.chat) if message else sender.id in self._bot.settings.allowed:
             self._batch.append(Accepted("press", lambda: self._bot.commands.press(press)))
 
     def _on_stop(self, stop: types.MessageGenerationStopped) -> None:
         if self._lets_in(stop.chat, stop.chat):       # it has no sender: the chat decides [tg 1.3]
             self._batch.append(Accepted("press", lambda: self._bot.commands.stop_draft(stop.chat.id, stop.draft_id)))
 
-    def _row(self, message: types.Message) -> InboxMessage:
+    def _row(self, incoming: Incoming) -> InboxMessage:
         """Return the message's row of the journal.  Raises ValueError for ids that are none."""
-        ids = self._update_id, message.chat.id, thread_of(message), message.message_id
+        ids = incoming.update_id, *incoming.key, incoming.message["message_id"]
         if not all(isinstance(number, int) and abs(number) < 2**63 for number in ids):
             raise ValueError(f"ids {ids}")
-        return InboxMessage(*ids, self._body)
+        return InboxMessage(*ids, json.dumps(self._update))
 
 
-def without_novelties(update: dict) -> dict:
-    """Return the update with only what telebot knows of a press on Stop: it can't parse another field there [tg 1.3]."""
-    stop = update.get("stopped_message_generation")
-    if not isinstance(stop, dict):
-        return update
-    known = {key: stop[key] for key in ("chat", "message_thread_id", "draft_id") if key in stop}
-    return {**update, "stopped_message_generation": known}
+def plain(part: dict) -> dict:
+    """Return an update, or a part of one, with only the fields that telebot is asked for: it stumbles over what it does not
+    know, in quotes and forwards too [tg 1.3, 7]."""
+    return {name: plain({field: value[field] for field in FIELDS[name] if field in value}) if name in FIELDS else value
+            for name, value in part.items()}
+
+
+def message_in(update: dict) -> Optional[dict]:
+    """Return the message of an update, or the one whose button was pressed."""
+    return update.get("message") or update.get("edited_message") or update.get("callback_query", {}).get("message")
 
 
 class Accepted(NamedTuple):
@@ -455,48 +530,61 @@ class Accepted(NamedTuple):
     kind: str                              # "message", "edit" or "press"
     action: Callable[[], None]             # hands it over; run on the poll thread, so it must not wait
     row: Optional[InboxMessage] = None     # for the journal
+    incoming: Optional[Incoming] = None    # a message or an edited one
 
 
 class Incoming:
     """A message that a conversation is to handle."""
 
-    def __init__(self, update_id: int, message: types.Message) -> None:
+    def __init__(self, update_id: int, message: dict) -> None:
         self.update_id = update_id
-        self.message = message
+        self.message = message                 # as Telegram sent it
         self.arrived = time.monotonic()
         self.files: Optional[list[Attachment]] = None      # once they are downloaded
+        self.followed = False                  # by another that came with it
         self.command, self.argument = command_of(message)
 
     @classmethod
+    def read(cls, update_id: int, update: dict) -> Incoming:
+        """Return the message of an update; without what it quotes, if that can't be read.  Raises anything when its own words
+        can't."""
+        message = message_in(update)
+        try:
+            full_text(message), files_of(message)
+        except Exception:   # something new
+            message = {name: value for name, value in message.items() if name not in NESTED} | {"quote": UNREAD}
+            full_text(message), files_of(message)
+        return cls(update_id, message)
+
+    @classmethod
     def from_journal(cls, row: InboxMessage) -> Incoming:
-        """Return the message of a journal row.  Raises whatever telebot's parsers raise."""
-        update = types.Update.de_json(row.body)
-        return cls(row.update_id, update.message or update.edited_message)
+        """Return the message of a journal row.  Raises as `read`."""
+        return cls.read(row.update_id, json.loads(row.body))
 
     @property
     def key(self) -> tuple[int, int]:
         """(user, thread)"""
-        return self.message.chat.id, thread_of(self.message)
+        return self.message["chat"]["id"], thread_of(self.message)
 
     @property
-    def goes_alone(self) -> bool:
-        """Commands are never joined with anything."""
-        return bool(self.command)
+    def patience(self) -> float:
+        """How long to wait for what belongs to it: an album has no end mark [tg 4], a long pasted text is split by the client,
+        a comment and its forward, or several files, come one by one [tg 7]."""
+        if "media_group_id" in self.message or len(self.message.get("text", "")) >= SPLIT_TEXT_LENGTH:
+            return JOIN_SECONDS
+        has_company = self.followed or "forward_origin" in self.message or file_in(self.message)
+        return REST_SECONDS if has_company else 0
 
-    @property
-    def may_continue(self) -> bool:
-        """Is there more to come: an album has no end mark [tg 4], a long pasted text is split by the client."""
-        return bool(self.message.media_group_id) or len(self.message.text or "") >= SPLIT_TEXT_LENGTH
 
-
-def thread_of(message: types.Message) -> int:
+def thread_of(message: dict) -> int:
     """Return the topic's id, 0 outside; message_thread_id alone also appears on replies [tg 3.2]."""
-    return message.message_thread_id or 0 if getattr(message, "is_topic_message", None) else 0
+    thread_id = message.get("message_thread_id") if message.get("is_topic_message") else 0
+    return thread_id if isinstance(thread_id, int) else 0
 
 
-def command_of(message: types.Message) -> tuple[str, str]:
+def command_of(message: dict) -> tuple[str, str]:
     """Return ("new", "the rest") for "/new the rest", two empty strings for what is no command."""
-    text = "" if message.forward_origin else message.text or ""     # what somebody else wrote commands nothing
+    text = "" if "forward_origin" in message else message.get("text", "")     # what somebody else wrote commands nothing
     match = re.match(r"/([A-Za-z0-9_-]+)(?:@\w+)?(?:\s+(.*))?$", text, re.S)
     return (match[1].lower(), (match[2] or "").strip()) if match else ("", "")
 
@@ -511,10 +599,8 @@ class Closing(Exception):
 
 def own_update(user_id: int, thread_id: int, text: str) -> str:
     """Return the JSON of an update with a message that Telegram did not send."""
-    chat = {"id": user_id, "type": "private", "first_name": ""}
-    return json.dumps({"update_id": -1, "message": {
-        "message_id": 0, "date": 0, "chat": chat, "from": {**chat, "is_bot": False}, "text": text,
-        "message_thread_id": thread_id or None, "is_topic_message": bool(thread_id)}})
+    return json.dumps({"message": {"message_id": 0, "chat": {"id": user_id}, "text": text, "message_thread_id": thread_id,
+                                   "is_topic_message": bool(thread_id)}})
 
 
 class Bot:
@@ -528,7 +614,7 @@ class Bot:
         self._bell, self.bell_handle = os.pipe()   # main waits for a byte: a lock would not always let a signal through
         self.telegram = Telegram(settings, self.closing)
         self.places = Places(settings.max_processes)
-        self.processes: set[Kiro] = set()      # started and not gone; each has a waiter that ends it
+        self.processes: set[Kiro] = set()      # started and not gone; each has a keeper that ends it
         self.spawning = threading.Lock()       # so that none is started unseen while the bot closes
         self.questions = Questions(self.errand)
         self.commands = Commands(self)
@@ -602,8 +688,12 @@ class Bot:
         return bool(select.select([self._bell], [], [], seconds)[0])
 
     def recover(self) -> None:
-        """Take up what a former run left: orphans that hold locks, unfinished turns, and the messages that still wait."""
-        self.errand("orphans", self._end_orphans)
+        """Take up what a former run left: its processes, unfinished turns, and the messages that still wait.
+
+        The processes first and at once: while one works, its turn must not be offered again.  That takes a listing of /proc,
+        and seconds only if some process holds out against TERM.
+        """
+        end_orphans(self.settings.folder)
         for turn in self.store.unfinished():
             if turn.user_id in self.settings.allowed:
                 self.conversation(turn.user_id, turn.thread_id).finish_turn(turn)
@@ -618,12 +708,6 @@ class Bot:
                 continue
             self.commands.route(incoming)
 
-    def _end_orphans(self) -> None:
-        for session_id in self.store.session_ids():
-            pid = lock_pid(session_id)
-            if pid is not None and is_running(pid):
-                end_orphan(pid, self.settings)
-
     def _sending(self) -> bool:
         """Is a part on its way?  A stop between its arrival and its tick would send it twice."""
         return any(conversation.delivery.sending for conversation in self.conversations())
@@ -637,11 +721,10 @@ class Bot:
         for kiro in list(self.processes):
             kiro.cancel()
             kiro.end(patience=None)
-        for deadline, signal_number in ((1.0, signal.SIGTERM), (1.5, signal.SIGKILL), (1.8, None)):
+        for deadline, grace in ((1.0, 0.4), (1.8, 0)):
             while (self.processes or self._sending()) and time.monotonic() - began < deadline:
                 time.sleep(0.01)
-            for kiro in list(self.processes) if signal_number else ():
-                kiro.signal(signal_number, leftovers=True)
+            end_processes(lambda: [pid for kiro in list(self.processes) for pid in kiro.family()], grace)
         keeper = threading.Thread(target=self._keep_partials, name="keeper", daemon=True)
         keeper.start()                         # the database may be locked by somebody for longer than we have
         keeper.join(max(0.1, began + 1.9 - time.monotonic()))
@@ -673,7 +756,7 @@ HELP = """I give every topic of this chat its own Kiro session with its own fold
 /status – session, model, folder, what is running
 Any other /command goes to Kiro as it is, for example /compact."""
 OWN = frozenset(["new", "stop", "model", "status", "start", "help"])      # commands that are not Kiro's
-UNSUPPORTED = "I can't pass on this kind of message ({kind}). Send it as text or as a file."
+UNSUPPORTED = "I can't pass on this kind of message. Send it as text or as a file."
 OVER = "This is over."
 THIS_RUN = secrets.token_hex(4)     # tells this run's questions from those of former ones
 
@@ -692,27 +775,27 @@ class Commands:
             stopping = conversation.stop()         # at once: errands of the topic may be waiting
             self._bot.errand(incoming.key, self._stop, incoming, stopping)
         elif incoming.command in ("start", "help"):
-            self._bot.errand(incoming.key, self._reply, incoming, HELP)
+            theirs = conversation.agent.commands
+            self._bot.errand(incoming.key, self._reply, incoming, "\n".join([HELP, *["\nKiro's own:"] * bool(theirs), *theirs]))
         elif incoming.command == "status":
             self._bot.errand(incoming.key, self._status, incoming)
         elif incoming.command == "model" and conversation.agent.model_names():
             self._bot.errand(incoming.key, self._model, incoming)
-        elif incoming.message.content_type in MESSAGE_KINDS and not is_animated(incoming.message):
+        elif any(contents(incoming.message)):
             conversation.add(incoming)
         else:
-            kind = incoming.message.content_type or "unknown to me"
-            self._bot.errand(incoming.key, self._reply, incoming, UNSUPPORTED.format(kind=kind))
+            self._bot.errand(incoming.key, self._reply, incoming, UNSUPPORTED)
 
-    def edit(self, incoming: Incoming) -> None:
-        """A message was edited: as long as it waits, it goes as edited."""
-        conversation = self._bot.conversation(*incoming.key)
-        if incoming.command == "stop":
+    def edit(self, incoming: Incoming, state: str) -> None:
+        """A message was edited: as long as it waits, or is `offered`, it goes as edited."""
+        conversation, message = self._bot.conversation(*incoming.key), incoming.message
+        if incoming.command == "stop" and message.get("edit_date", math.inf) - message["date"] <= EDIT_SECONDS:
             conversation.stop()
         if incoming.command in OWN:                # no better version of a message; it stays as it was
             return
-        if not conversation.edit(incoming):
+        if not conversation.edit(incoming) and state not in ("", "offered"):
             self._bot.errand(incoming.key, conversation.tell,
-                             "Your edit came too late: Kiro already has the message as it was. "
+                             "Your edit came too late: the message was taken as it was. "
                              "Send the correction as a new message.")
 
     def stop_draft(self, user_id: int, draft_id: int) -> None:
@@ -723,7 +806,7 @@ class Commands:
 
     def press(self, press: types.CallbackQuery) -> None:
         """A button: data that this bot didn't make does nothing."""
-        data = press.data or ""
+        data = press.data if press.data and press.message else ""
         if match := re.fullmatch(r"ask:([0-9a-f]{16}):(\d{1,2})", data):
             choice = self._decide(press, match[1], int(match[2]))      # at once: Kiro waits
             self._bot.errand(press.id, self._decided, press, match[1], choice)
@@ -731,6 +814,8 @@ class Commands:
             self._bot.errand(match[2], self._again if match[1] == "again" else self._drop, press, int(match[2]))
         elif match := re.fullmatch(r"model:(\d{1,18}):([0-9a-f]{16})", data):
             self._bot.errand((press.from_user.id, int(match[1])), self._model_pressed, press, int(match[1]), match[2])
+        else:
+            self._bot.errand(press.id, self._toast, press, OVER)
 
     def _reply(self, incoming: Incoming, text: str, buttons: Optional[Buttons] = None) -> None:
         conversation = self._bot.conversation(*incoming.key)
@@ -799,20 +884,14 @@ class Commands:
         """Take the buttons off the message that was pressed, and say there what became of it."""
         if not carries(press.message, press.data):
             return
-        before = getattr(press.message, "text", None) if keep else None
+        before = press.message.json.get("text") if keep else None
         self._bot.chat(press.from_user.id, 0).settle(press.message.message_id, f"{before}\n\n{text}" if before else text)
 
 
-def carries(message: Any, data: Optional[str]) -> bool:
+def carries(message: types.Message, data: Optional[str]) -> bool:
     """Does the message have a button with this data?  Not when somebody made the press up."""
-    keyboard = getattr(message, "reply_markup", None)
-    return bool(keyboard) and any(button.callback_data == data for row in keyboard.inline_keyboard for button in row)
-
-
-def is_animated(message: types.Message) -> bool:
-    """Is it a sticker that moves, which no model can look at?"""
-    sticker = message.sticker
-    return bool(sticker and (sticker.is_animated or sticker.is_video))
+    keyboard = message.json.get("reply_markup", {}).get("inline_keyboard", [])
+    return any(button.get("callback_data") == data for row in keyboard for button in row)
 
 
 def model_key(name: str) -> str:
@@ -825,6 +904,7 @@ def model_key(name: str) -> str:
 # ======================================================================================================================
 
 JOIN_SECONDS = 1.0              # how long to wait for the rest of an album or of a pasted text
+REST_SECONDS = 0.3              # and for what comes with a forward or a file
 SPLIT_TEXT_LENGTH = 4000        # clients split a pasted text at 4096
 JOURNAL_TRIES = 240
 JOURNAL_RETRY_SECONDS = 15
@@ -832,6 +912,7 @@ LOOK_SECONDS = 60               # the longest sleep of a conversation's thread
 FROZEN_GAP = 5                  # seconds late: this program did not run, and Kiro's silence counts anew
 EXCERPT_LENGTH = 300            # characters of what was asked, on a card
 SEEN = "👀"
+STATUS_WORDS, STATUS_WAITING = 40, 8     # characters of a waiting message, and how many, that /status shows
 
 
 class Conversation:
@@ -871,8 +952,8 @@ class Conversation:
             first_to_wait, self._burst_seen = must_wait and not self._burst_seen, must_wait
             self._start()
         self.post("wake")
-        if first_to_wait and incoming.message.message_id:
-            self.bot.errand(self.key, self.chat.react, incoming.message.message_id, SEEN)
+        if first_to_wait and incoming.message["message_id"]:
+            self.bot.errand(self.key, self.chat.react, incoming.message["message_id"], SEEN)
 
     def finish_turn(self, turn: UnfinishedTurn) -> None:
         """Take on a turn that a former run has left behind."""
@@ -891,20 +972,16 @@ class Conversation:
             self._running = True
 
     def edit(self, incoming: Incoming) -> bool:
-        """Replace a waiting message by its edited version; return False when Kiro already has it as it was."""
+        """Replace a waiting message by its edited version; return False when it does not wait."""
         message = incoming.message
         with self.lock:
             for n, old in enumerate(self.waiting):
-                if old.message.message_id == message.message_id:
+                if old.message["message_id"] == message["message_id"]:
                     incoming.update_id, incoming.arrived = old.update_id, old.arrived
-                    incoming.files = old.files if file_id_of(old.message) == file_id_of(message) else None
+                    incoming.files = old.files if files_of(old.message) == files_of(message) else None
                     self.waiting[n] = incoming
                     return True
-            for old in self.turn.messages if self.turn else ():
-                if old.message.message_id == message.message_id and words(old.message) != words(message):
-                    old.message = message              # so that this is told once
-                    return False
-            return True
+        return False
 
     def stop(self, draft_id: Optional[int] = None) -> bool:
         """End the turn; return False when there is none, or not this draft's."""
@@ -946,24 +1023,21 @@ class Conversation:
             log.error("A partial answer can't be kept: %s", error)
 
     def status(self) -> str:
-        """Return what /status says."""
+        """Return what /status says: what concerns people first."""
         record, known = self.store.get_session(*self.key), self.agent.known
         with self.lock:
-            turn, waiting = self.turn, len(self.waiting)
-        lines = [f"Session: {record.session_id if record else 'none yet'}",
-                 f"Model: {self.agent.model()}",
-                 f"Folder: {record.workspace_path if record else self.agent.default_workspace()}"]
+            turn, waiting = self.turn, [one_line(words(incoming.message), STATUS_WORDS) for incoming in self.waiting]
+        lines = [turn.status(), *plan_lines(turn.answer.plan)] if turn else ["Nothing is running."]
+        lines += [f"Waiting: {text}" for text in waiting[:STATUS_WAITING]]
+        if len(waiting) > STATUS_WAITING:
+            lines.append(f"and {len(waiting) - STATUS_WAITING} more")
+        lines.append(f"Model: {self.agent.model()}")
         if known.context is not None:
             lines.append(f"Context used: {known.context:.0f} %")
         if known.credits is not None:
-            lines.append(f"Last turn: {known.credits:.4g} credits")
-        if turn is None:
-            lines.append("Nothing is running.")
-        elif turn.turn_id is None:
-            lines.append(f"Starting: {turn.doing} {waiting} waiting.")
-        else:
-            lines.append(f"Running for {time.monotonic() - turn.began:.0f} s, {waiting} waiting.")
-        return "\n".join(lines)
+            lines.append(f"Credits: {known.credits:.4g} in the last turn, {known.spent:.4g} in this session")
+        return "\n".join([*lines, f"Session: {record.session_id if record else 'none yet'}",
+                          f"Folder: {record.workspace_path if record else self.agent.default_workspace()}"])
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -1081,7 +1155,7 @@ class Conversation:
         """Return what goes as one prompt: commands alone, everything else up to the next command.  The lock is held."""
         batch: list[Incoming] = []
         for incoming in self.waiting:
-            if incoming.goes_alone:
+            if incoming.command:
                 return batch or [incoming]
             batch.append(incoming)
         return batch
@@ -1190,7 +1264,7 @@ class Conversation:
     def _conclude(self, turn: Turn, outcome: Outcome) -> None:
         """Journal the answer, then send it part by part."""
         turn.end()
-        self.agent.known.credits = turn.answer.credits
+        self.agent.known.charge(turn.answer.credits)
         self.agent.let_go()                    # a stop may have left it; Telegram may keep us for hours
         parts = turn.answer.parts(outcome, self.notes.take(), [self.agent.nearly_full()])
         try:
@@ -1229,7 +1303,7 @@ class Conversation:
         for row in self.store.messages_of(unfinished.turn_id):
             try:
                 message = Incoming.from_journal(row).message
-                asked.append(words(message) or f"({message.content_type})")
+                asked.append(words(message) or "(a file)")
             except Exception as error:   # telebot's parsers raise anything
                 log.error("A journaled message can't be read: %r", error)
         excerpt = shortened(" / ".join(asked), EXCERPT_LENGTH)
@@ -1296,7 +1370,8 @@ class Job:
         except (Refused, Unreachable) as error:    # it is done all the same: /new must not be done again at the next start
             log.error("What became of /%s of %s/%s can't be said: %s", incoming.command, *conversation.key, error)
         if rest and done:
-            incoming.command, incoming.message.text = "", rest
+            rest = words(incoming.message).split(maxsplit=1)[1]
+            incoming.command, incoming.message = "", {**incoming.message, "text": rest, "entities": []}
             with conversation.lock:
                 return conversation.waiting.appendleft(incoming)
         self._journal_done()
@@ -1354,6 +1429,9 @@ QUESTION_LIMIT = 20_000         # UTF-16 units; room for the outcome must remain
 ARGUMENT_LIMIT = 3000           # characters of one argument of a tool call in a question
 ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
 TOOLS_KEPT = 100                # calls whose end was not told
+PLAN_WIDTH, PLAN_LENGTH = 80, 12         # characters of an entry, entries that /status shows
+PLAN_SIGNS = {"completed": "☑", "in_progress": "▸"}
+TIME_SHOWN_AFTER = 10           # seconds
 NOTHING_SAID = "Kiro has finished without saying anything."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
                 "refusal": "ℹ️ Kiro declined to go on (refusal).",
@@ -1448,10 +1526,21 @@ class Turn:
         """Send the next frame if it is due; return when to look again."""
         if self.phase is Phase.OVER:
             return math.inf
-        return self.draft.refresh(self.answer, self.status())
+        return self.draft.refresh(self.answer, self._doing_now(), self._time())
 
     def status(self) -> str:
-        """Return the draft's last line: what Kiro does, or what it waits for."""
+        """Return what goes on, with the time."""
+        return f"{self._doing_now() or 'Kiro is writing'}{self._time()}"
+
+    def _time(self) -> str:
+        seconds = time.monotonic() - self.began
+        return f" · {duration(seconds)}" if seconds >= TIME_SHOWN_AFTER else ""
+
+    def _doing_now(self) -> str:
+        """Return what Kiro does or what it waits for, and how far it is; without the time, which would always be news."""
+        return " · ".join(filter(None, [self._activity(), *self.answer.progress()]))
+
+    def _activity(self) -> str:
         if self.phase is Phase.STOPPING:
             return "⏹ Stopping…"
         if self._questions.of(self):
@@ -1493,7 +1582,7 @@ class Turn:
         except KiroFailure as failure:
             used = self._agent.kiro
             self._agent.let_go(at_once=not isinstance(failure, KiroRefusal))
-            outlived_login = used is warm and isinstance(failure, KiroRefusal) and NOT_LOGGED_IN.search(str(failure))
+            outlived_login = used is warm and isinstance(failure, KiroRefusal) and is_login(failure)
             if not (failure.again or outlived_login) or self.answer.heard or self.phase is Phase.STOPPING:
                 raise
             log.warning("Once more for %s/%s: %s", *self.conversation.key, failure)
@@ -1517,12 +1606,12 @@ class Turn:
         return self._listen(kiro, request_id)
 
     def _wait_for_rest(self) -> None:
-        """Wait a moment for the rest of an album or of a split text."""
+        """Wait a moment for the rest of an album or the like, unless something else has come."""
         while True:
             with self.conversation.lock:
-                last = self.conversation.batch()[-1]
-            until = last.arrived + JOIN_SECONDS
-            if not last.may_continue or time.monotonic() >= until:
+                last, newest = self.conversation.batch()[-1], self.conversation.waiting[-1]
+            until = last.arrived + last.patience
+            if last is not newest or time.monotonic() >= until:
                 return
             self.conversation.wait(until)
 
@@ -1571,10 +1660,12 @@ class Turn:
         return blocks + (image_blocks(batch) if kiro.takes_images else [])
 
     def _download(self, kiro: Kiro, incoming: Incoming) -> list[Attachment]:
-        """Fetch a message's file into the workspace; one that can't be had is named."""
-        file = file_of(incoming.message)
-        if file is None:
-            return []
+        """Fetch a message's files into the workspace; one that can't be had is named."""
+        return [self._fetch(kiro, file) for file in files_of(incoming.message)]
+
+    def _fetch(self, kiro: Kiro, file: TelegramFile) -> Attachment:
+        if file.is_quoted and (path := upload_like(file, kiro.workspace)):
+            return Attachment(path, "", file.is_image)
         try:
             chunks = self._attended(self.conversation.chat.download(file))
             path = self.conversation.aside(lambda: save(chunks, kiro.workspace, file.name))
@@ -1582,8 +1673,24 @@ class Turn:
             reason = getattr(error, "description", None) or getattr(error, "strerror", None) or str(error)
             log.warning("A file of %s/%s could not be had: %s", *self.conversation.key, reason)
             self.conversation.notes.add(f"⚠️ I could not get {harmless_name(file.name)}: {reason}")
-            return [Attachment("", f"{harmless_name(file.name)}: {reason}", False)]
-        return [Attachment(path, "", file.is_image)]
+            return Attachment("", f"{harmless_name(file.name)}: {reason}", False)
+        is_speech = file.is_speech and self._settings.transcribe_command
+        return Attachment(path, "", file.is_image, self._transcribe(path, kiro.workspace) if is_speech else "")
+
+    def _transcribe(self, path: str, workspace: str) -> str:
+        """Return what is said in a voice note, and let the user see it; nothing when it could not be understood."""
+        doing, self.doing = self.doing, "🎙 Listening…"
+        conversation, trouble = self.conversation, ""
+        try:
+            text = conversation.aside(lambda: transcribe(path, workspace, self._settings, lambda: self.phase is not Phase.WAITING))
+        except (OSError, ValueError) as error:
+            text, trouble = "", getattr(error, "strerror", None) or str(error)
+            log.warning("A voice note of %s/%s could not be understood: %s", *conversation.key, trouble)
+        shown = shortened(f"🎙 {text}", PLAIN_LIMIT // 2) if text else (
+            f"🎙 The voice note could not be understood, so Kiro gets the file.\n{shortened(trouble, 200)}")
+        conversation.bot.errand(conversation.key, conversation.tell, shown)
+        self.doing = doing
+        return text
 
     def _attended(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass a download on until the turn is stopped or the time is up.  Runs aside."""
@@ -1611,7 +1718,7 @@ class Turn:
         if "error" not in frame:
             return self._ended(kiro, frame["result"] if isinstance(frame.get("result"), dict) else {})
         self.check_stop()
-        raise KiroRefusal(frame["error"])
+        raise KiroRefusal(frame["error"], kiro.agent)
 
     def _ended(self, kiro: Kiro, result: dict) -> Outcome:
         """Kiro is done with the turn: let its process go, note what is known of the session; return what there is to say."""
@@ -1778,15 +1885,26 @@ LESSON = """[About this chat, from the bot that brings you these messages: the u
 phone, as Markdown. To send a file from the working directory, write <send_file path="relative/path">caption</send_file> in \
 the answer itself, outside of any code; the tag is not shown. What you leave running in the background ends with your answer.]"""
 UPLOADS = "uploads"
+SPEECH = ("voice", "video_note")
+TRANSCRIBE_SECONDS = 120
+TRANSCRIBE_GLANCE = 0.05        # seconds between two looks at it
+TRANSCRIPT_AT_MOST = 100_000    # bytes
 IMAGE_BYTES = 3_700_000         # of one image block [acp 7]
 IMAGES_BYTES = 12_000_000       # base64 of all image blocks of a prompt
 IMAGES_AT_MOST = 10             # of a prompt [acp 7]
+IMAGE_SIZES = re.compile(rb"\A\x89PNG.{12}(.{4})(.{4})|\xff[\xc0-\xc3\xc5-\xcf]\0[\x0b\x11\x14]\x08(..)(..)", re.S)
+IMAGE_HEAD = 256 * 1024         # where an image says its size
 IMAGE_EDGE = 2000               # pixels; larger images can poison a session [acp 4.6]
 NAME_LENGTH = 100               # bytes of a saved file's name
 DOWNLOAD_SECONDS = 15 * 60
 DOWNLOAD_CHUNK = 64 * 1024
 DOWNLOAD_LIMIT = 20 * 1024 * 1024       # of the official Bot API server [tg 4]
-DEFAULT_TYPES = {"voice": "audio/ogg", "video": "video/mp4", "video_note": "video/mp4", "audio": "audio/mpeg"}
+FILE_KINDS = ["photo", "animation", "document", "audio", "voice", "video", "video_note", "sticker"]   # one has a document too
+DEFAULT_TYPES = {"photo": "image/jpeg", "voice": "audio/ogg", "video": "video/mp4", "video_note": "video/mp4",
+                 "audio": "audio/mpeg", "sticker": "image/webp"}
+LINE_KINDS = ["venue", "location", "contact", "poll", "dice", "checklist"]      # a venue has a location too
+TEXTS = {"summary": "", "text": "entities", "alternative_text": "", "button": "", "caption": "caption_entities", "credit": ""}
+UNREAD = {"text": "(This could not be read.)"}     # in the place of a quote
 
 
 class Attachment(NamedTuple):
@@ -1794,67 +1912,119 @@ class Attachment(NamedTuple):
     path: str                   # absolute, in the workspace; empty when it could not be had
     trouble: str                # why not
     is_image: bool              # small enough to be shown to the model
+    heard: str = ""             # what was said in it, if it could be understood
 
 
-def words(message: types.Message) -> str:
-    """Return what the person wrote: text, caption, or the text of a rich message [tg 2.1]."""
-    if message.content_type == "rich_message":
-        return "\n".join(_texts_in(message.json.get("rich_message")))
-    return message.text or message.caption or ""
+def transcribe(path: str, workspace: str, settings: Settings, stopped: Callable[[], bool]) -> str:
+    """Return what the owner's command prints for a recording.  Raises OSError, and ValueError that says why there is none."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen([*settings.transcribe_command, path], cwd=workspace, stdin=subprocess.DEVNULL, stdout=out,
+                                   stderr=err, start_new_session=True, env=child_environment(settings, "transcribe"))
+        limit = time.monotonic() + TRANSCRIBE_SECONDS
+        try:
+            while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:     # not reaped: its pid is its own
+                if stopped() or time.monotonic() > limit or os.fstat(out.fileno()).st_size > TRANSCRIPT_AT_MOST:
+                    raise ValueError("it was stopped" if stopped() else f"no end in {TRANSCRIBE_SECONDS} s, or too much of it")
+                time.sleep(TRANSCRIBE_GLANCE)
+        finally:
+            _kill(-process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        text = out.read(TRANSCRIPT_AT_MOST).decode(errors="replace").strip()
+        if process.returncode or not text:
+            said = err.read(TRANSCRIPT_AT_MOST).decode(errors="replace").strip()
+            raise ValueError(said.splitlines()[-1] if said else f"exit status {process.returncode}, and no text")
+        return text
 
 
-def _texts_in(value: Any) -> Iterator[str]:
-    """Yield the text of each block."""
-    if isinstance(value, dict):
-        if "text" in value:
-            yield _rich_text(value["text"])
-        for key, inner in value.items():
-            if key != "text":
-                yield from _texts_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts_in(inner)
+def contents(message: dict) -> tuple[str, list[TelegramFile]]:
+    """Return what a message itself brings: its words and its file."""
+    return words(message), file_in(message)
 
 
-def _rich_text(value: Any) -> str:
-    """Return a RichText, which is a string, a list of such, or an object around one, without its formatting."""
+def words(message: dict) -> str:
+    """Return what the person wrote [tg 2.1], as Markdown; a place, a poll and the like as one line."""
+    kind = next((kind for kind in LINE_KINDS if kind in message), "")
+    lines = [_inside({**message, **message.get("rich_message", {})}),
+             message.get("sticker", {}).get("emoji", ""),
+             f"[{kind}: {json.dumps(message[kind], ensure_ascii=False)}]" if kind else ""]
+    return "\n".join(filter(None, lines)).strip("\n")
+
+
+def _marked(text: Any, entities: list[dict]) -> str:
+    """Return a text with its entities as Markdown."""
+    if not entities:
+        return markdown(text)
+    cells = [cell for c in text for cell in [c, ""][:1 + (c > "\uffff")]]      # one for each UTF-16 unit: so offsets count
+    for span in sorted(entities, key=lambda span: (-span["offset"], span["length"])):      # the inner ones first
+        start, stop = span["offset"], span["offset"] + span["length"]
+        cells[start:stop] = [markdown({**span, "text": "".join(cells[start:stop])}), *[""] * (span["length"] - 1)]
+    return "".join(cells)
+
+
+def markdown(value: Any) -> str:
+    """Return a rich text, or a block of it, as Markdown, as far as it matters to Kiro."""
     if isinstance(value, list):
-        return "".join(map(_rich_text, value))
-    return _rich_text(value.get("text", "")) if isinstance(value, dict) else str(value)
+        return "".join(map(markdown, value))
+    if not isinstance(value, dict):
+        return str(value)
+    kind, text, url = value.get("type", ""), _inside(value), value.get("url")
+    if "expression" in value:
+        return f"${value['expression']}$"
+    if kind in ("code", "pre"):
+        ticks = "`" * (1 + max([2 * (kind == "pre"), *map(len, re.findall("`+", text))]))
+        return f"\n{ticks}{value.get('language', '')}\n{text}\n{ticks}\n" if kind == "pre" else ticks + text + ticks
+    if kind.endswith("quote"):
+        return f"\n{as_quote(text)}\n"
+    return f"[{text}]({url})" if url and url != text else text
 
 
-def quoted(message: types.Message) -> str:
-    """Return the text that the message replies to, as a Markdown quote, or nothing.
-
-    A topic's first message is no quote: clients put it there by themselves [tg 3.2].
-    """
-    reply = message.reply_to_message
-    if reply is not None and reply.message_id == message.message_thread_id:
-        return ""
-    text = message.quote.text if message.quote else (words(reply) or f"({reply.content_type})") if reply else ""
-    if not text:
-        return ""
-    return "\n".join(f"> {line}" for line in text.splitlines()) + "\n\n"
+def _inside(value: dict) -> str:
+    """Return what a message, a rich text or a block of it says, a line for each block, list item and row."""
+    rows = [f"| {' | '.join(map(_inside, row))} |" for row in value.get("cells", [])]
+    if rows:
+        rows.insert(1, "|---" * len(value["cells"][0]) + "|")
+    items = [f"{item.get('label', '-')} {_inside(item)}" for item in value.get("items", [])]
+    texts = [_marked(value[name], value.get(entities, [])) for name, entities in TEXTS.items() if name in value]
+    return "\n".join([*texts, *map(markdown, value.get("blocks", [])), *items, *rows])
 
 
-def origin(message: types.Message) -> str:
-    """Return a line that says where a forward comes from, or nothing."""
-    source = message.forward_origin
-    if source is None:
-        return ""
-    user = getattr(source, "sender_user", None)
-    chat = getattr(source, "sender_chat", None) or getattr(source, "chat", None)
-    name = user.full_name if user else chat.title if chat else getattr(source, "sender_user_name", None)
-    return f"[Forwarded from {name or 'somebody'}]\n"
+def as_quote(text: str) -> str:
+    """Return a text as a Markdown quote."""
+    return "\n".join(f"> {line}" for line in text.splitlines())
+
+
+def reply_in(message: dict) -> dict:
+    """Return what the message replies to; not a topic's first message: clients put it there by themselves [tg 3.2]."""
+    reply = message.get("reply_to_message", {})
+    if reply.get("message_id", 0) == message.get("message_thread_id"):
+        reply = {}
+    return reply or message.get("external_reply", {})
+
+
+def full_text(message: dict) -> str:
+    """Return a message's words, below what it replies to and where it comes from."""
+    reply, quote, forward = reply_in(message), message.get("quote"), message.get("forward_origin")
+    lines = [f"[From {author(reply['origin'])}]" if "origin" in reply else "",
+             _inside(quote) if quote else words(reply),
+             *(f"[File {file.name}, {file.size} bytes]" for file in file_in(reply))]
+    above = as_quote("\n".join(filter(None, lines)))
+    return above + "\n\n" * bool(above) + (f"[Forwarded from {author(forward)}]\n" if forward else "") + words(message)
+
+
+def author(origin: dict) -> str:
+    """Return the name of whom a forward or a quote is from."""
+    facts = {**origin, **next((value for value in origin.values() if isinstance(value, dict)), {})}
+    names = map(facts.get, ("title", "first_name", "last_name", "sender_user_name"))
+    return " ".join(filter(None, names)) or "somebody"
 
 
 def text_block(incoming: Incoming) -> str:
     """Return everything that one message says, files included."""
-    message = incoming.message
-    lines = [quoted(message) + origin(message) + words(message)]
-    if message.sticker:
-        lines.append(f"[Sticker {message.sticker.emoji or ''}]")
+    lines = [full_text(incoming.message)]
     for attachment in incoming.files or ():
+        lines.append(attachment.heard)
         lines.append(f"[File: {attachment.path}]" if attachment.path else f"[A file could not be had: {attachment.trouble}]")
     return "\n".join(line for line in lines if line)
 
@@ -1863,7 +2033,7 @@ def join_texts(batch: list[Incoming]) -> str:
     """Join messages to one text; a pasted text that the client split is put together again."""
     text, last = "", None
     for incoming in batch:
-        split = last is not None and len(last.message.text or "") >= SPLIT_TEXT_LENGTH and not incoming.message.forward_origin
+        split = last and len(last.message.get("text", "")) >= SPLIT_TEXT_LENGTH and "forward_origin" not in incoming.message
         separator = "\n" if split else "\n\n" if text else ""
         block = text_block(incoming)
         text, last = text + separator * bool(block) + block, incoming
@@ -1878,7 +2048,8 @@ def image_blocks(batch: list[Incoming]) -> list[dict]:
             data = file.read(IMAGE_BYTES + 1)
         mime_type = image_type(data)
         encoded = base64.b64encode(data).decode()
-        if mime_type and len(data) <= IMAGE_BYTES and len(encoded) <= room and len(blocks) < IMAGES_AT_MOST:
+        fits = len(data) <= IMAGE_BYTES and len(encoded) <= room and len(blocks) < IMAGES_AT_MOST
+        if mime_type and fits and longer_edge(data) <= IMAGE_EDGE:
             room -= len(encoded)
             blocks.append({"type": "image", "mimeType": mime_type, "data": encoded})
     return blocks
@@ -1892,35 +2063,46 @@ def image_type(data: bytes) -> str:
     return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
+def longer_edge(data: bytes) -> int:
+    """Return the longest edge in pixels that a PNG or JPEG image speaks of, 0 when it is another kind."""
+    found = IMAGE_SIZES.finditer(data, 0, IMAGE_HEAD)
+    return max((int.from_bytes(edge, "big") for size in found for edge in size.groups(b"")), default=0)
+
+
 class TelegramFile(NamedTuple):
     """A file of a message: what Telegram tells of it."""
     file_id: str
     size: int                   # bytes; 0 when Telegram does not say
     name: str                   # the sender's, or one of ours
     is_image: bool
+    is_speech: bool
+    is_quoted: bool = False     # of the message that it replies to
 
 
-def file_of(message: types.Message) -> Optional[TelegramFile]:
-    """Return the message's file, or None; of a photo the largest size that is not too large [acp 7]."""
-    kind = message.content_type
+def files_of(message: dict) -> list[TelegramFile]:
+    """Return the message's file, and the one that it replies to."""
+    return file_in(message) + [file._replace(is_quoted=True) for file in file_in(reply_in(message))]
+
+
+def file_in(message: dict) -> list[TelegramFile]:
+    """Return the file of a message, if there is one; of a photo the largest size that is not too large [acp 7]."""
+    kind = next((kind for kind in FILE_KINDS if kind in message), "")
+    media = message.get(kind) or {}
     if kind == "photo":
-        fitting = [p for p in message.photo if max(p.width, p.height) <= IMAGE_EDGE] or message.photo[:1]
-        media = max(fitting, key=lambda p: p.width * p.height)
-        return TelegramFile(media.file_id, media.file_size or 0, f"photo_{message.message_id}.jpg", True)
-    if kind == "sticker":
-        return TelegramFile(message.sticker.file_id, message.sticker.file_size or 0, f"sticker_{message.message_id}.webp", True)
-    if kind not in ("document", "audio", "voice", "video", "video_note", "animation"):
-        return None
-    media = getattr(message, kind)
-    extension = mimetypes.guess_extension(getattr(media, "mime_type", None) or DEFAULT_TYPES.get(kind, "")) or ""
-    name = getattr(media, "file_name", None) or f"{kind}_{message.message_id}{extension}"
-    return TelegramFile(media.file_id, media.file_size or 0, name, False)
+        fitting = [p for p in media if max(p["width"], p["height"]) <= IMAGE_EDGE] or media[:1]
+        media = max(fitting, key=lambda p: p["width"] * p["height"])
+    if not media or media.get("is_animated") or media.get("is_video"):      # a sticker that no model can look at
+        return []
+    mime_type = media.get("mime_type") or DEFAULT_TYPES.get(kind, "")
+    name = media.get("file_name") or f"{kind}_{message.get('message_id', '')}{mimetypes.guess_extension(mime_type) or ''}"
+    is_image = kind == "sticker" or mime_type in ("image/png", "image/jpeg")
+    return [TelegramFile(media["file_id"], media.get("file_size", 0), name, is_image, kind in SPEECH)]
 
 
-def file_id_of(message: types.Message) -> str:
-    """Return the file_id of the message's file, or nothing."""
-    file = file_of(message)
-    return file.file_id if file else ""
+def upload_like(file: TelegramFile, workspace: str) -> str:
+    """Return the path of an upload of this name and size, or nothing."""
+    path = os.path.join(workspace, UPLOADS, harmless_name(file.name))
+    return path if os.path.isfile(path) and os.path.getsize(path) == file.size else ""
 
 
 def harmless_name(name: str) -> str:
@@ -1976,8 +2158,7 @@ def save(chunks: Iterator[bytes], workspace: str, name: str) -> str:
 # Agent: a topic's hold on Kiro
 # ======================================================================================================================
 
-INITIALIZE_SECONDS = 30         # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
-SESSION_SECONDS = 90
+SESSION_SECONDS = 90            # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
 MISSING_SECONDS = 10            # for the load of a session whose file is missing or empty; some versions never answer that
 MODEL_SECONDS = 5
 LOCK_SECONDS = 15
@@ -1985,26 +2166,32 @@ REQUEST_PATIENCE = 4            # times its seconds, for a request during which 
 REPLAY_SECONDS = 1.0            # for what some agents replay after their response to session/load
 QUIET_SECONDS = 0.03            # a replay is over when nothing came for this long
 FULL_CONTEXT = 80               # percent
+COMMANDS_SHOWN, COMMAND_WIDTH = 20, 100
 SAME_REFUSALS = 2               # so many turns refused in the same words are the session's fault
 HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
-                "The folder is as it was.")
+                "The folder is as it was. (The old session: {})")
 NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh."
 
 
 class KiroFailure(Exception):
     """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
 
-    def __init__(self, text: str, again: bool = False) -> None:
+    code: Any = None               # of a JSON-RPC error
+    ways: list = []                # to log in, as the agent told them
+
+    def __init__(self, text: str, again: bool = False, said: str = "") -> None:
         super().__init__(text)
         self.again = again
+        self.said = said or text   # all by which its kind is known
 
 
 class KiroRefusal(KiroFailure):
     """A JSON-RPC error; Kiro itself is well."""
 
-    def __init__(self, error: Any) -> None:
-        self.code = error.get("code") if isinstance(error, dict) else None
-        super().__init__(error_text(error))
+    def __init__(self, error: Any, agent: Optional[dict] = None) -> None:
+        super().__init__(error_text(error), said=str(error))
+        self.code = as_dict(error).get("code")
+        self.ways = as_dict(agent).get("authMethods", [])
 
 
 class KiroGone(KiroFailure):
@@ -2117,8 +2304,14 @@ class Known:
     def __init__(self) -> None:
         self.context: Optional[float] = None   # percent used
         self.credits: Optional[float] = None   # of the last turn
+        self.spent = 0.0                       # in all turns since the bot knows the session
         self.full_told = False                 # that the context is nearly used up
         self.refusals: list[str] = []          # the last turns' errors, while they are the same
+
+    def charge(self, credits: Optional[float]) -> None:
+        """A turn has cost so much, if Kiro told."""
+        self.credits = credits
+        self.spent += credits or 0
 
 
 class Agent:
@@ -2135,8 +2328,10 @@ class Agent:
         self.kiro: Optional[Kiro] = None
         self.former: list[Kiro] = []            # they may still hold the session's lock
         self.models: Optional[Models] = None    # what Kiro told last; replaced as a whole, so any thread may read it
+        self.commands: list[str] = []           # Kiro's own, with what they do; replaced as a whole
         self.known = Known()
         self._lost = ""                         # a session that Kiro does not have any more
+        self._refused = "", 0.0                 # how a session could not be loaded, and when
         self._no_load_told = False
 
     # -- the process ---------------------------------------------------------------------------------------------------
@@ -2176,14 +2371,17 @@ class Agent:
 
     def _initialize(self, kiro: Kiro) -> None:
         if kiro.agent is None:
-            kiro.agent = self.request(kiro, "initialize", INITIALIZE, INITIALIZE_SECONDS)
+            kiro.agent = self.request(kiro, "initialize", INITIALIZE, self._settings.start_seconds)
 
     def _start(self) -> Kiro:
         """Start a process as soon as there is a place for it.  Raises KiroFailure, Stopped, Closing, NoPlace."""
         workspace = self.workspace()
         self._take_place()
         try:
-            kiro = self.kiro = Kiro(self._bot, workspace, self._conversation.post)
+            kiro = self.kiro = start_kiro(workspace, self._conversation)
+        except (Stopped, Closing):
+            self._places.give_back()
+            raise
         except (OSError, ValueError) as error:
             self._places.give_back()
             reason = getattr(error, "strerror", None) or error
@@ -2227,7 +2425,7 @@ class Agent:
             self.kiro.kept_warm = False
 
     def let_go(self, at_once: bool = False) -> None:
-        """Let go of the process: it ends by itself, or is ended by its waiter."""
+        """Let go of the process: it ends by itself, or is ended by its keeper."""
         kiro, self.kiro = self.kiro, None
         if kiro is None:
             return
@@ -2238,7 +2436,7 @@ class Agent:
         kiro.end(patience=0 if at_once or kiro.agent is None else END_SECONDS)     # one that still starts holds no lock
 
     def _await_former(self) -> None:
-        """Wait until no former process holds the session's lock; their waiters see to it."""
+        """Wait until no former process holds the session's lock; their keepers see to it."""
         limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
         while self.former:
             if time.monotonic() > limit:
@@ -2250,7 +2448,8 @@ class Agent:
 
         Raises KiroFailure; NoPlace when the process was given away meanwhile.
         """
-        seconds = min(seconds, self._settings.silence_seconds)
+        if kiro.agent:                         # else it may wait in a cluster's queue
+            seconds = min(seconds, self._settings.silence_seconds)
         if method not in kiro.in_flight:
             kiro.in_flight[method] = kiro.request(method, params)
         request_id, asked_at = kiro.in_flight[method]
@@ -2263,7 +2462,7 @@ class Agent:
         del kiro.in_flight[method]
         frame = kiro.responses.pop(request_id)
         if "error" in frame:
-            raise KiroRefusal(frame["error"])
+            raise KiroRefusal(frame["error"], kiro.agent)
         return frame["result"] if isinstance(frame.get("result"), dict) else {}
 
     def check_alive(self, kiro: Kiro, asked_at: float) -> None:
@@ -2273,7 +2472,8 @@ class Agent:
         if kiro.exit_noticed:
             raise kiro.failure()
         patience = min(DEAF_SECONDS, self._settings.silence_seconds / 2)
-        if kiro.heard_at < asked_at and time.monotonic() - max(asked_at, kiro.wrote_at) > patience and kiro.is_deaf():
+        unread_for = time.monotonic() - max(asked_at, kiro.wrote_at)
+        if kiro.agent and kiro.heard_at < asked_at and unread_for > patience and kiro.is_deaf():
             raise KiroGone(f"Kiro does not read what it is sent (for {patience:g} s).", again=True)
 
     # -- sessions ------------------------------------------------------------------------------------------------------
@@ -2304,25 +2504,27 @@ class Agent:
         record = self._store.get_session(*self._key)
         if record is None:
             return self._new_session(kiro)
-        had_history = self._store.get_facts(record.session_id)[0]
+        facts = self._store.get_facts(record.session_id)
         if record.session_id == self._lost:
             self._new_session(kiro)
-            if had_history:
-                self._conversation.notes.add(NOTHING_KEPT if is_empty(record.session_id) else HISTORY_GONE)
+            if facts.ended:
+                gone = HISTORY_GONE.format(record.session_id)
+                self._conversation.notes.add(NOTHING_KEPT if is_empty(record.session_id) else gone)
             return
         if not kiro.can_load:
             self._new_session(kiro)
-            if had_history and not self._no_load_told:
+            if facts.ended and not self._no_load_told:
                 self._no_load_told = True
                 self._conversation.notes.add("ℹ️ This agent can't reload sessions: each message starts without the history.")
             return
         self._await_former()                   # it has the lock, and may still be writing; so may an orphan
-        if not had_history and is_empty(record.session_id) and lock_pid(record.session_id) is None:
+        if not facts.ended and is_empty(record.session_id) and lock_pid(record.session_id) is None:
             return self._new_session(kiro)
         try:
-            self._load_session(kiro, record, had_history)
+            self._load_session(kiro, record, facts)
         except KiroFailure as failure:
-            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, had_history):
+            before, self._refused = self._refused, (failure.said, time.monotonic())
+            if isinstance(failure, KiroLocked) or not session_is_lost(failure, record.session_id, facts, before):
                 raise
             log.warning("Session %s of %s/%s is lost: %s", record.session_id, *self._key, failure)
             self._lost = record.session_id
@@ -2338,30 +2540,32 @@ class Agent:
         self.known = Known()
         self._opened(kiro, session_id, result)
 
-    def _load_session(self, kiro: Kiro, record: SessionRecord, had_history: bool) -> None:
-        """Load the session, dealing with its lock; what Kiro replays is dropped by the reader [acp 3.3]."""
+    def _load_session(self, kiro: Kiro, record: SessionRecord, facts: SessionFacts) -> None:
+        """Load the session, dealing with its lock; what Kiro replays is dropped at the door [acp 3.3]."""
         params = {"sessionId": record.session_id, "cwd": record.workspace_path, "mcpServers": []}
-        limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, is_missing(record.session_id)
+        limit, pause, missing = time.monotonic() + LOCK_SECONDS, 0.25, has_vanished(record.session_id, facts)
         seconds = MISSING_SECONDS if missing or is_empty(record.session_id) else SESSION_SECONDS
         while True:
             try:
                 result = self.request(kiro, "session/load", params, seconds)
                 break
             except KiroRefusal as refusal:
-                pid = lock_holder(str(refusal))
+                pid = lock_holder(refusal)
                 if pid is None:
                     raise
-                settle_lock(pid, record.session_id, self._settings)
+                settle_lock(pid, record.session_id, self._settings, self._store)
                 if time.monotonic() > limit:
-                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute.") from refusal
+                    raise KiroLocked(f"The session is still locked by process {pid}. Try again in a minute. If nothing uses it "
+                                     f"any more, remove {session_file(record.session_id, 'lock')} on the server, or begin "
+                                     "another session with /new.") from refusal
             retry_at = time.monotonic() + pause
             while time.monotonic() < retry_at:
                 self._conversation.wait(retry_at)
             pause = min(2 * pause, 2)
         self._let_replay_end(kiro)
-        if missing and had_history and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
+        if missing and facts.ended and not kiro.replayed_before_response:      # some agents accept any id [acp 11]
             self._store.set_facts(record.session_id, ended=False, taught=False)
-            self._conversation.notes.add(HISTORY_GONE)
+            self._conversation.notes.add(HISTORY_GONE.format(record.session_id))
         self._opened(kiro, record.session_id, result)
 
     def _let_replay_end(self, kiro: Kiro) -> None:
@@ -2375,6 +2579,7 @@ class Agent:
         kiro.models = models_of(result)
         self.models = kiro.models or self.models
         kiro.session_id = session_id
+        note_lock(kiro, self._store)
 
     def _apply_model(self, kiro: Kiro) -> None:
         """Make Kiro use the model that somebody chose for this thread; where nobody did, it is told nothing."""
@@ -2431,6 +2636,8 @@ class Agent:
             self.known.context = self.known.context if percent is None else percent
         elif name == "clear/status" or name == "compaction/status" and "completed" in (status, as_dict(status).get("type")):
             self._forgotten(kiro)
+        elif name == "commands/available" or as_dict(update).get("sessionUpdate") == "available_commands_update":
+            self.commands = command_lines(params.get("commands") or as_dict(update).get("availableCommands"))
         elif as_dict(update).get("sessionUpdate") == "usage_update":
             used, size = finite(update.get("used")), finite(update.get("size"))
             if used is not None and size:
@@ -2445,7 +2652,7 @@ class Agent:
 
     def lesson(self, wanted: bool) -> list[dict]:
         """Return what tells Kiro of the tags, as content blocks for its next prompt; none where it knows them."""
-        known = self._store.get_facts(self.kiro.session_id)[1]
+        known = self._store.get_facts(self.kiro.session_id).taught
         self.kiro.lesson = "known" if known else "sent" if wanted else ""
         return [{"type": "text", "text": LESSON}] if self.kiro.lesson == "sent" else []
 
@@ -2457,7 +2664,7 @@ class Agent:
     def _note_facts(self, session_id: str, taught: bool) -> None:
         """Note that the session has a history, and whether Kiro knows the tags; no reason to lose an answer."""
         try:
-            self._store.set_facts(session_id, ended=True, taught=taught)
+            self._store.set_facts(session_id, ended=True, taught=taught, in_sight=is_in_sight(session_id))
         except StoreError as error:
             log.error("What is known of a session can't be noted: %s", error)
 
@@ -2471,12 +2678,11 @@ class Agent:
 
     def advice(self, failure: KiroFailure) -> str:
         """Return what to do about it, when there is something more to say than to ask again."""
-        text = str(failure)
-        if NOT_LOGGED_IN.search(text):
-            return "\nOn the server, as the bot's user: kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
-        if not isinstance(failure, KiroRefusal) or PASSING.search(text):
+        if is_login(failure):
+            return login_advice(failure, self._settings)
+        if not isinstance(failure, KiroRefusal) or PASSING.search(failure.said):
             return ""
-        same = re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
+        same = same_words(str(failure))
         self.known.refusals = [r for r in self.known.refusals if r == same] + [same]
         if len(self.known.refusals) >= SAME_REFUSALS:
             return "\nThis session refuses every message in the same way. /new starts a fresh one, /compact may help too."
@@ -2490,20 +2696,30 @@ class Agent:
 INITIALIZE = {"protocolVersion": 1, "clientInfo": {"name": "tg-acp", "version": "1"},
               "clientCapabilities": {"fs": {"readTextFile": False, "writeTextFile": False}, "terminal": False}}
 LINE_AT_MOST = 32 * 1024 * 1024
-STDERR_KEPT = 4000              # bytes
+STDERR_KEPT = 4000              # characters
+STDERR_LINE_AT_MOST = 200       # of which the last two are told, each cut to so many characters
+REPLACED_SECONDS = 3            # for a program that is being replaced to be there again
 END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
 TERM_SECONDS = 2                # from TERM to KILL
-LEFTOVER_SECONDS = 0.5          # for what a process leaves behind to end after TERM, and after KILL
+GLANCE_SECONDS, AT_EXIT_SECONDS = 0.5, 0.01     # how often to look whether it has exited: with, and without its stdout
+WRITABLE = select.EPOLLOUT | select.EPOLLET     # told once, and once more after each `modify`
+LOCKS_BY_PID = "Kiro's locks name processes that can be seen from here"
+NO_SIGN = re.compile(r".{0,3}|-.*|proc|python[\d.]*")      # words of KIRO_COMMAND by which Kiro is not known
 FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
 NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|ExpiredToken|InvalidGrant|TokenExpired|AccessDenied",
                            re.I)
 PASSING = re.compile(r"throttl|too ?many ?requests|usage limit|timed out", re.I)     # another session would not help [acp 4.5]
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
-LOST = re.compile(r"session.{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
+LOST = re.compile(r"session[^:;,]{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
                   r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found",
                   re.I | re.S)
-RESOURCE_NOT_FOUND = -32002
+LOGIN_REQUIRED, RESOURCE_NOT_FOUND = -32000, -32002
+REFUSED_AGAIN_SECONDS = 3       # between two refusals in the same words that count as two
+SAYS_NOTHING = re.compile(r"\s*|internal error\.?", re.I)
 HISTORY = {"user_message_chunk", "agent_message_chunk", "agent_thought_chunk", "tool_call", "tool_call_update"}   # a replay's
+FRAME = {"method": str,
+         "params": {"update": {"sessionUpdate": str, "toolCallId": str, "title": str, "kind": str, "status": str}},
+         "result": {"stopReason": str, "agentCapabilities": {"promptCapabilities": {}}, "agentInfo": {}, "authMethods": list}}
 
 
 class Models(NamedTuple):
@@ -2513,19 +2729,172 @@ class Models(NamedTuple):
     config_id: Optional[str]            # of session/set_config_option; None: session/set_model
 
 
-class Kiro:
-    """One Kiro process.  Its frames go to `post`, in order, as events of a conversation:
+class Process:
+    """A child process and whatever that starts.  One thread, the keeper, does all that is to be done for them: it writes what
+    is sent, hands lines to `_take`, keeps the end of stderr, and sees them to their end, which it tells by `_part`."""
+
+    def __init__(self, mark: str, command: list[str], **how: Any) -> None:
+        """Start it.  Raises OSError, ValueError."""
+        self.mark = mark                         # in its environment
+        self.wrote_at = time.monotonic()
+        self.gone = threading.Event()            # the process and all it left behind have ended
+        self.trouble = ""                        # why it had to be ended
+        self.stderr = ""                         # the end of what it said there
+        self._line = bytearray()                 # the beginning of one that has not ended yet
+        self._outgoing = bytearray()
+        self._stdin_ends = False                 # after that
+        self._end_at = math.inf                  # when it is ended; 0: it has ended by itself
+        self._epoll = select.epoll()
+        self._work: dict[int, Callable[[], None]] = {}          # what to do when a descriptor is ready
+        self._popen = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, bufsize=0, **how)
+        self.pid = self._popen.pid
+        try:
+            threading.Thread(target=self._keep, name=f"keeper of {self.pid}", daemon=True).start()
+        except RuntimeError as error:            # no thread to be had: nobody would see to its end
+            self._bury()
+            raise OSError(0, str(error)) from error
+
+    def send(self, data: bytes) -> None:
+        """Have this written."""
+        self._outgoing += data
+        try:
+            self._epoll.modify(self._popen.stdin, WRITABLE)      # wakes the keeper, now or when there is room
+        except (OSError, ValueError):            # closed, or not registered yet
+            pass
+
+    def end(self, patience: Optional[float]) -> None:
+        """Close stdin, which is the clean way [acp 4.1]; TERM after `patience` seconds, then KILL.  None: no signals."""
+        if patience is not None:
+            self._end_at = min(self._end_at, time.monotonic() + patience)
+        self._stdin_ends = True
+        self.send(b"")
+
+    def is_deaf(self) -> bool:
+        """Are there bytes in the pipe that it has not read?"""
+        try:
+            return any(fcntl.ioctl(self._popen.stdin, termios.FIONREAD, bytes(4)))
+        except (OSError, ValueError):    # closed
+            return False
+
+    def how_it_ended(self) -> str:
+        """Return the exit status, and the end of stderr."""
+        if self.trouble:
+            return self.trouble
+        code = self._popen.returncode
+        name = f"exit status {code}" if code >= 0 else f"signal {-code}"
+        said = [line.strip()[:STDERR_LINE_AT_MOST] for line in self.stderr.splitlines() if line.strip()]
+        return f"{name}: {'; '.join(said[-2:])}" if said else name
+
+    # -- on the keeper's thread ----------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        popen = self._popen
+        try:
+            os.set_blocking(popen.stdin.fileno(), False)
+            for pipe, events, work in ((popen.stdin, WRITABLE, self._write), (popen.stdout, select.EPOLLIN, self._read),
+                                       (popen.stderr, select.EPOLLIN, self._drain)):
+                self._epoll.register(pipe, events)
+                self._work[pipe.fileno()] = work
+            while (left := self._end_at - time.monotonic()) > 0:
+                self._attend(left)
+            end_processes(self.family, TERM_SECONDS, self._attend)
+            for _ in range(64):                  # more than the pipes can hold of its last words
+                self._attend(0)
+        except Exception:   # a bug: no place must be lost with it
+            log.exception("The keeper of %s has failed", self.pid)
+        finally:
+            self._bury()
+            self._part()
+
+    def _close(self, pipe: IO[bytes]) -> None:
+        self._epoll.unregister(pipe)     # closing does not do it while a process that is just being started has a copy
+        pipe.close()
+
+    def _attend(self, seconds: float) -> None:
+        """Do what there is to do, or wait for it so long."""
+        ready = self._epoll.poll(min(seconds, AT_EXIT_SECONDS if self._popen.stdout.closed else GLANCE_SECONDS))
+        for descriptor, _ in ready:
+            self._work[descriptor]()
+        if not ready and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+            self._end_at = 0             # it is not reaped: until all is over, its pid must not become another's
+
+    def _write(self) -> None:
+        """Write as much as the pipe takes."""
+        try:
+            while self._outgoing and (written := self._popen.stdin.write(self._outgoing[:65536])):
+                self.wrote_at = time.monotonic()
+                del self._outgoing[:written]
+            if self._stdin_ends and not self._outgoing:
+                self._close(self._popen.stdin)
+        except OSError:          # it has exited, or does not listen any more
+            self._close(self._popen.stdin)
+
+    def _read(self) -> None:
+        """Take what it says; without stdout it is of no use any more."""
+        data = self._popen.stdout.read(65536)
+        self._line += data or b"\n"     # the last one may lack its end
+        if not data or b"\n" in data:
+            *lines, self._line = self._line.split(b"\n")
+            for line in lines:
+                self._take(line)
+        if len(self._line) > LINE_AT_MOST:
+            self.trouble = f"Kiro sent a line of more than {LINE_AT_MOST >> 20} MB"
+        if not data or self.trouble:
+            self._close(self._popen.stdout)
+            self.end(patience=0.5)
+
+    def _drain(self) -> None:
+        data = self._popen.stderr.read(65536)
+        self.stderr = (self.stderr + data.decode(errors="replace"))[-STDERR_KEPT:]
+        log.debug("Process %s says: %.500r", self.pid, data)
+        if not data:
+            self._close(self._popen.stderr)
+
+    def family(self) -> list[int]:
+        """Return what runs of it and of all it has started; kiro-cli does not pass signals on [acp 4.2]."""
+        return running(lambda pid: belongs(pid, self.mark, self.pid))
+
+    def _bury(self) -> None:
+        """Leave nothing: no process, no descriptor."""
+        _kill(-self.pid, signal.SIGKILL)         # nobody is left whom the keeper could see to the end
+        with self._popen:                        # closes the pipes, and reaps it
+            pass
+        self._work.clear()                       # a cycle, which would keep descriptors
+        self.gone.set()
+
+
+def end_processes(find: Callable[[], list[int]], seconds: float, wait: Callable[[float], None] = time.sleep) -> None:
+    """TERM for all processes that `find` finds, and for those that do not end within so many seconds KILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        told: set[int] = set()
+        limit = time.monotonic() + seconds
+        while (found := set(find())) and time.monotonic() < limit:
+            for pid in found - told:
+                _kill(pid, number)
+            told |= found
+            wait(0.02)
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError:      # it is gone, or another user's
+        pass
+
+
+class Kiro(Process):
+    """A Kiro process.  Its frames go to `post`, in order, as events of a conversation:
     ("response", kiro, frame), ("permission", kiro, id, params), ("notification", kiro, method, params), ("exit", kiro).
 
-    It has a place, which its waiter gives back when nothing of it is left.
+    It has a place, which is given back when nothing of it is left.
     """
 
     def __init__(self, bot: Bot, workspace: str, post: Callable[..., None]) -> None:
-        """Start the process.  Raises OSError, and Closing."""
+        """Start the process and list it.  Raises OSError and ValueError, and Closing."""
         self._bot, self._post = bot, post
         self.workspace = workspace
-        self.mark = f"{os.getpid()}.{secrets.token_hex(6)}"
-        self.heard_at = self.wrote_at = time.monotonic()
+        self.heard_at = time.monotonic()
         self.agent: Optional[dict] = None        # its answer to initialize
         self.session_id = ""                     # once it is loaded
         self.models: Optional[Models] = None
@@ -2536,50 +2905,15 @@ class Kiro:
         self.responses: dict[int, dict] = {}
         self.turn_open = False                   # between a prompt and its response
         self.replayed_before_response = False
-        self.gone = threading.Event()            # the process and all it left behind have ended
-        self._trouble = ""                       # why it had to be ended
-        self._stderr = b""
-        self._next_id = 0
-        self._prompt_id = 0
-        self._outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
-        self._lock = threading.Lock()            # between a signal and the moment when the pid may be another's
-        self._reaped = self._ending = False
-        self._popen = self._start(bot)
-        self._start_threads()
-
-    def _start(self, bot: Bot) -> subprocess.Popen:
-        """Start the process and list it, unless the bot is closing.  Raises OSError, and Closing."""
+        self.lock_pid: Optional[int] = None      # which of its processes its session's lock names
+        self._next_id = self._prompt_id = 0
+        mark = f"{os.getpid()}.{secrets.token_hex(6)}"
         with bot.spawning:
             if bot.closing.is_set():
                 raise Closing
-            popen = subprocess.Popen(
-                bot.settings.kiro_command, cwd=self.workspace, env=child_environment(bot.settings, self.mark, self.workspace),
-                start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=65536)
-            self.pid = popen.pid
+            super().__init__(mark, bot.settings.kiro_command, cwd=workspace, umask=bot.settings.umask,
+                             env=child_environment(bot.settings, mark, workspace))
             bot.processes.add(self)
-            return popen
-
-    def _start_threads(self) -> None:
-        """Start the process's four threads.  Raises OSError when there are none to be had; the process is ended then."""
-        try:
-            self._reader = self._thread(self._read, "reader")
-            self._stderr_reader = self._thread(self._drain, "stderr")
-            self._thread(self._write, "writer")
-            self._thread(self._await_exit, "waiter")
-        except RuntimeError as error:            # and so no waiter, which would see to its end
-            self._outgoing.put(None)
-            with self._lock:
-                _kill(-self.pid, signal.SIGKILL)
-                self._popen.wait()
-                self._reaped = True
-            self.gone.set()
-            self._bot.processes.discard(self)
-            raise OSError(0, str(error)) from error
-
-    def _thread(self, target: Callable[[], None], role: str) -> threading.Thread:
-        thread = threading.Thread(target=target, name=f"{role} of {self.pid}", daemon=True)
-        thread.start()
-        return thread
 
     # -- to Kiro: nothing here waits, the writer does ------------------------------------------------------------------
 
@@ -2604,71 +2938,32 @@ class Kiro:
             self._send({"method": "session/cancel", "params": {"sessionId": self.session_id}})
 
     def _send(self, frame: dict) -> None:
-        self._outgoing.put(json.dumps({"jsonrpc": "2.0", **frame}).encode() + b"\n")
-
-    def _write(self) -> None:
-        try:
-            while (data := self._outgoing.get()) is not None:
-                for start in range(0, len(data), 65536):
-                    self._popen.stdin.write(data[start:start + 65536])
-                    self._popen.stdin.flush()
-                    self.wrote_at = time.monotonic()
-        except OSError:          # it has exited; the waiter tells
-            pass
-        try:
-            self._popen.stdin.close()
-        except OSError:          # the same
-            pass
-
-    def is_deaf(self) -> bool:
-        """Are there bytes in the pipe that it has not read?"""
-        try:
-            unread = fcntl.ioctl(self._popen.stdin, termios.FIONREAD, b"\0\0\0\0")
-        except (OSError, ValueError):    # closed
-            return False
-        return struct.unpack("i", unread)[0] > 0
+        self.send(json.dumps({"jsonrpc": "2.0", **frame}).encode() + b"\n")
 
     # -- from Kiro -----------------------------------------------------------------------------------------------------
 
     @property
     def can_load(self) -> bool:
         """Does the agent say that it can reload sessions?  Kiro does."""
-        capabilities = (self.agent or {}).get("agentCapabilities")
-        return isinstance(capabilities, dict) and bool(capabilities.get("loadSession"))
+        return bool(as_dict(self.agent).get("agentCapabilities", {}).get("loadSession"))
 
     @property
     def takes_images(self) -> bool:
         """Does the agent take image blocks?"""
-        capabilities = (self.agent or {}).get("agentCapabilities") or {}
-        return bool((capabilities.get("promptCapabilities") or {}).get("image"))
-
-    def _read(self) -> None:
-        try:
-            while line := self._popen.stdout.readline(LINE_AT_MOST + 1):
-                if len(line) > LINE_AT_MOST:
-                    self._trouble = f"Kiro sent a line of more than {LINE_AT_MOST >> 20} MB"
-                    break
-                self._take(line)
-        except (OSError, ValueError) as error:
-            log.debug("Reading from Kiro %s: %s", self.pid, error)
-        self._popen.stdout.close()
-        if not self._reaped:         # without stdout it is of no use any more
-            self.end(patience=0.5)
+        return bool(as_dict(self.agent).get("agentCapabilities", {}).get("promptCapabilities", {}).get("image"))
 
     def _take(self, line: bytes) -> None:
         """Pass one frame on: a response, a request, a notification, or junk [acp 2]."""
         try:
             frame = json.loads(line)
         except (ValueError, RecursionError):
-            if line.strip():
-                log.debug("Not JSON from Kiro %s: %.200r", self.pid, line)
-            return
+            return log.debug("Not JSON from Kiro %s: %.200r", self.pid, line)
         if not isinstance(frame, dict):
             return
         self.heard_at = time.monotonic()
-        method, params = frame.get("method"), frame.get("params")
-        params = params if isinstance(params, dict) else {}
-        if not isinstance(method, str):
+        shape(frame, FRAME)
+        method, params = frame.get("method"), frame.get("params", {})
+        if method is None:
             self._take_response(frame)
         elif "id" in frame:
             self._take_request(frame["id"], method, params)
@@ -2676,11 +2971,10 @@ class Kiro:
             self._post("notification", self, method, params)
 
     def _take_response(self, frame: dict) -> None:
-        if not isinstance(frame.get("id"), int) or frame["id"] > self._next_id:
-            return log.debug("A response to nothing from Kiro %s", self.pid)
-        if frame["id"] == self._prompt_id:
-            self.turn_open = False
-        self._post("response", self, frame)
+        request_id = frame.get("id")
+        if type(request_id) is int and request_id <= self._next_id:
+            self.turn_open &= request_id != self._prompt_id
+            self._post("response", self, frame)
 
     def _take_request(self, request_id: Any, method: str, params: dict) -> None:
         """Permission is asked for in turns only; nothing else was agreed on."""
@@ -2694,106 +2988,49 @@ class Kiro:
 
     def _is_of_interest(self, method: str, params: dict) -> bool:
         """What is said outside a turn is replay, and so is dropped here; extensions may come at any time."""
-        if method != "session/update":
-            return method.startswith("_kiro") and (not self.session_id or params.get("sessionId") in (None, self.session_id))
-        update = params.get("update")
-        if not self.session_id and isinstance(update, dict) and update.get("sessionUpdate") in HISTORY:
+        mine = params.get("sessionId") in (None, self.session_id)
+        if method.startswith("_kiro"):
+            return mine or not self.session_id
+        kind = params.get("update", {}).get("sessionUpdate")
+        if not self.session_id and kind in HISTORY:
             self.replayed_before_response = True
-        return self.turn_open and params.get("sessionId") in (None, self.session_id)
-
-    def _drain(self) -> None:
-        try:
-            while data := self._popen.stderr.read1(65536):
-                self._stderr = (self._stderr + data)[-STDERR_KEPT:]
-                log.debug("Kiro %s says: %.500r", self.pid, data)
-        except (OSError, ValueError):    # closed
-            pass
-        self._popen.stderr.close()
-
-    def how_it_ended(self) -> str:
-        """Return the exit status, and the end of stderr."""
-        if self._trouble:
-            return self._trouble
-        code = self._popen.returncode
-        if code is None:
-            return "it closed its output"
-        name = f"exit status {code}" if code >= 0 else f"signal {-code}"
-        said = self._stderr.decode(errors="replace").strip()
-        return f"{name}: {said[-600:]}" if said else name
+        return mine and method == "session/update" and (self.turn_open or kind == "available_commands_update")
 
     def failure(self) -> KiroGone:
         """Return the failure to raise when the process has gone.  Wrong usage and login are not worth a second try."""
-        told = self.how_it_ended()
-        final = self._popen.returncode == 2 or NOT_LOGGED_IN.search(told) or self._trouble
-        return KiroGone(f"Kiro has exited ({told}).", again=not final)
+        failure = KiroGone(f"Kiro has exited ({self.how_it_ended()}).", said=self.stderr)
+        failure.again = not (self._popen.returncode == 2 or is_login(failure) or self.trouble)
+        return failure
 
-    # -- its end -------------------------------------------------------------------------------------------------------
-
-    def end(self, patience: Optional[float]) -> None:
-        """Close stdin, which is the clean way [acp 4.1]; TERM after `patience` seconds, then KILL.  None: no signals."""
-        self.turn_open = False
-        self._outgoing.put(None)
-        with self._lock:
-            enforce = patience is not None and (not self._ending or patience == 0)
-            self._ending = self._ending or enforce
-        if not enforce:
-            return
-        try:
-            threading.Thread(target=self._enforce_end, args=(patience,), name=f"ender of {self.pid}", daemon=True).start()
-        except RuntimeError as error:    # no thread to be had, and nobody will come back to it
-            log.error("Kiro %s is ended at once: %s", self.pid, error)
-            self.signal(signal.SIGKILL)
-
-    def _enforce_end(self, patience: float) -> None:
-        if self.gone.wait(patience):
-            return
-        self.signal(signal.SIGTERM)
-        if self.gone.wait(TERM_SECONDS):
-            return
-        self.signal(signal.SIGKILL)
-
-    def signal(self, number: int, leftovers: bool = False) -> None:
-        """Signal the process group, since kiro-cli does not pass signals on [acp 4.2], and if asked what else is left."""
-        with self._lock:
-            if not self._reaped:
-                _kill(-self.pid, number)
-        for pid in self._leftovers() if leftovers else ():
-            _kill(pid, number)
-
-    def _await_exit(self) -> None:
-        """The waiter: see the process and all it leaves behind to their end, give back its place, tell."""
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)      # not reaped yet: the pid is still its own
-        self._reader.join(0.5)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self._leftovers():
-                break
-            self.signal(number, leftovers=True)
-            limit = time.monotonic() + LEFTOVER_SECONDS
-            while self._leftovers() and time.monotonic() < limit:
-                time.sleep(0.01)
-        with self._lock:
-            self._popen.wait()
-            self._reaped = True
-        self._reader.join(1)
-        self._stderr_reader.join(0.2)
-        self._outgoing.put(None)
-        if self.session_id:
-            remove_dead_lock(self.session_id)
-        self._bot.processes.discard(self)
-        self.gone.set()
+    def _part(self) -> None:
         self._bot.places.give_back()
+        if self.lock_pid is not None:
+            remove_lock(self.session_id, self.lock_pid)
         self._post("exit", self)
-
-    def _leftovers(self) -> list[int]:
-        """Return the processes that this one has started and that still run."""
-        return [pid for pid in related_processes(self.mark, self.pid) if pid != self.pid]
+        with self._bot.spawning:                 # it may not be listed yet
+            self._bot.processes.discard(self)
 
 
-def _kill(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
+def start_kiro(workspace: str, conversation: Conversation) -> Kiro:
+    """Start Kiro, and wait for one that is just being replaced by another version.  Raises as `Kiro`, and Stopped."""
+    limit = time.monotonic() + REPLACED_SECONDS
+    while True:
+        try:
+            return Kiro(conversation.bot, workspace, conversation.post)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EACCES, errno.ETXTBSY) or time.monotonic() > limit:
+                raise
+        conversation.wait(time.monotonic() + 0.2)
+
+
+def shape(value: dict, shapes: dict) -> None:
+    """Take out of what an agent says whatever is not of the type that it should be; the rest of the code trusts these."""
+    for key in shapes.keys() & value.keys():
+        kind = shapes[key] if isinstance(shapes[key], type) else dict
+        if not isinstance(value[key], kind):
+            del value[key]
+        elif kind is not shapes[key]:
+            shape(value[key], shapes[key])
 
 
 def child_environment(settings: Settings, mark: str, workspace: str = "") -> dict[str, str]:
@@ -2801,10 +3038,16 @@ def child_environment(settings: Settings, mark: str, workspace: str = "") -> dic
     without git finding the bot's own checkout above an empty workspace."""
     secret = settings.token or "\0"
     env = {name: value for name, value in os.environ.items() if name != "BOT_TOKEN" and secret not in value}
-    parent = os.path.dirname(workspace)        # elsewhere, if WORKSPACE_BASE_PATH was changed since the thread began
-    ceilings = [str(settings.workspaces), *filter(None, [parent]), *filter(None, [env.get("GIT_CEILING_DIRECTORIES")])]
+    # The workspace's parent is another folder if WORKSPACE_BASE_PATH was changed since the thread began.
+    ceilings = filter(None, [str(settings.workspaces), os.path.dirname(workspace), env.get("GIT_CEILING_DIRECTORIES")])
     return {**env, "GIT_CEILING_DIRECTORIES": os.pathsep.join(ceilings), FOLDER_MARK: str(settings.folder),
             OWNER_MARK: owner_mark(), PROCESS_MARK: mark}
+
+
+def command_lines(commands: Any) -> list[str]:
+    """Return a line for each of an agent's commands: its name and what it does."""
+    return [f"/{str(command.get('name')).lstrip('/')} – {one_line(str(command.get('description') or ''), COMMAND_WIDTH)}"
+            for command in (commands if isinstance(commands, list) else ())[:COMMANDS_SHOWN] if isinstance(command, dict)]
 
 
 def finite(value: Any) -> Optional[float]:
@@ -2818,163 +3061,170 @@ def as_dict(value: Any) -> dict:
 
 
 def error_text(error: Any) -> str:
-    """Return what a JSON-RPC error says; Kiro puts it into `data`, a string or an object [acp 3.4]."""
+    """Return what a JSON-RPC error says: Kiro in `data`, a string or an object, others in `message` [acp 3.4, 11]."""
     if not isinstance(error, dict):
         return str(error)
     data = error.get("data")
-    if isinstance(data, dict):
-        data = next((data[key] for key in ("details", "message", "error") if data.get(key)), None) or json.dumps(data)
-    text = data or error.get("message") or "an error without a text"
-    return text if isinstance(text, str) else json.dumps(text)
+    texts = [error.get("message"), data, *map(as_dict(data).get, ("details", "message", "error"))]
+    said = [text for text in texts if isinstance(text, str) and not SAYS_NOTHING.fullmatch(text)]
+    return ": ".join(dict.fromkeys(said[:2])) or str(data or error.get("message") or "an error without a text")
+
+
+def is_login(failure: KiroFailure) -> bool:
+    """Is it that nobody is logged in?"""
+    return failure.code == LOGIN_REQUIRED or bool(NOT_LOGGED_IN.search(failure.said))
+
+
+def login_advice(failure: KiroFailure, settings: Settings) -> str:
+    """Return how to log in, in the agent's own words where it is not Kiro."""
+    ways = [str(way["description"]) for way in map(as_dict, failure.ways) if "description" in way]
+    if not ways or "kiro" in os.path.basename(settings.kiro_command[0]):
+        ways = ["kiro-cli login --use-device-flow (or set KIRO_API_KEY)."]
+    return "\nOn the server, as the bot's user: " + "\nor: ".join(ways)
 
 
 def models_of(result: dict) -> Optional[Models]:
     """Return the models of a session/new or session/load result, in either dialect [acp 8, 11], or None."""
     try:
-        return _models_of_kiro(result.get("models")) or _models_of_options(result.get("configOptions") or ())
+        models = result.get("models") or {}
+        if offered := [(str(m["modelId"]), str(m.get("name") or m["modelId"])) for m in models.get("availableModels") or ()]:
+            return Models(offered, str(models.get("currentModelId") or ""), None)
+        for option in result.get("configOptions") or ():
+            if option.get("category") == "model" and option.get("options"):
+                choices = [c for o in option["options"] for c in o.get("options", [o])]      # groups, or not
+                offered = [(str(c["value"]), str(c.get("name") or c["value"])) for c in choices]
+                return Models(offered, str(option.get("currentValue") or ""), option.get("id") or "")
     except (TypeError, KeyError, AttributeError) as error:
         log.warning("The agent's list of models can't be read: %r", error)
-        return None
-
-
-def _models_of_kiro(models: Any) -> Optional[Models]:
-    offered = [(m["modelId"], str(m.get("name") or m["modelId"])) for m in (models or {}).get("availableModels") or ()]
-    return Models(offered, models.get("currentModelId") or "", None) if offered else None
-
-
-def _models_of_options(options: Any) -> Optional[Models]:
-    for option in options:
-        if option.get("category") == "model" and option.get("options"):
-            choices = [c for o in option["options"] for c in (o["options"] if "options" in o else [o])]   # groups, or not
-            offered = [(c["value"], str(c.get("name") or c["value"])) for c in choices]
-            return Models(offered, option.get("currentValue") or "", option.get("id") or "")
     return None
 
 
 # -- locks and lost sessions -------------------------------------------------------------------------------------------
 
-def sessions_folder() -> Path:
-    """Return where Kiro keeps its sessions [acp 4.1]."""
-    return Path(os.environ.get("KIRO_HOME") or Path.home() / ".kiro") / "sessions" / "cli"
-
-
 def session_file(session_id: str, extension: str) -> Optional[Path]:
-    """Return the path of one of a session's files; None for an id that could lead elsewhere."""
-    return sessions_folder() / f"{session_id}.{extension}" if re.fullmatch(r"[\w-]+", session_id) else None
+    """Return where Kiro keeps one of a session's files [acp 4.1]; None for an id that could lead elsewhere."""
+    home = os.environ.get("KIRO_HOME") or os.path.expanduser("~/.kiro")
+    return Path(home, "sessions", "cli", f"{session_id}.{extension}") if re.fullmatch(r"[\w-]+", session_id) else None
 
 
-def session_is_lost(failure: KiroFailure, session_id: str, had_history: bool) -> bool:
-    """Decide whether Kiro does not have the session any more; a passing trouble must not throw one away.
-
-    Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's missing file does.
-    """
-    if NOT_LOGGED_IN.search(str(failure)):
-        return False
-    if is_empty(session_id):
-        return True
-    path = session_file(session_id, "json")
-    if path is not None and path.exists() and had_history:
-        return False
-    if isinstance(failure, KiroRefusal) and (failure.code == RESOURCE_NOT_FOUND or LOST.search(str(failure))):
-        return True
-    return is_missing(session_id) or (not had_history and isinstance(failure, KiroRefusal))
+def size_of(session_id: str, extension: str) -> Optional[int]:
+    """Return the size of one of a session's files: -1 when it is not there, None when that can't be seen from here."""
+    path = session_file(session_id, extension)
+    try:
+        return path.stat().st_size if path else None
+    except FileNotFoundError:
+        return -1 if os.path.isdir(path.parent) else None
+    except OSError:
+        return None
 
 
-def is_missing(session_id: str) -> bool:
-    """Is it plain to see that Kiro has no such session?  Not where its sessions are out of sight."""
-    path = session_file(session_id, "json")
-    return path is not None and path.parent.is_dir() and not path.exists()
+def is_in_sight(session_id: str) -> bool:
+    """Can Kiro's file of the session be seen from here?"""
+    return (size_of(session_id, "json") or 0) > 0
+
+
+def has_vanished(session_id: str, facts: SessionFacts) -> bool:
+    """Is it plain to see that Kiro has no such session any more?  Not where its sessions were out of sight before."""
+    return (facts.in_sight or not facts.ended) and size_of(session_id, "json") == -1
 
 
 def is_empty(session_id: str) -> bool:
     """Is it plain to see that Kiro kept nothing of the session?  Such a one need not load [acp 3.3]."""
-    path = session_file(session_id, "jsonl")
-    try:
-        return path is not None and not path.stat().st_size
-    except OSError:
+    return size_of(session_id, "jsonl") == 0
+
+
+def session_is_lost(failure: KiroFailure, session_id: str, facts: SessionFacts, before: tuple[str, float]) -> bool:
+    """Decide whether Kiro does not have the session any more; a passing trouble must not throw one away.
+
+    Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's files do, or the same refusal
+    `before`, of another process some seconds ago.
+    """
+    if is_login(failure) or PASSING.search(failure.said) or LOCKED.search(failure.said):
         return False
+    if is_empty(session_id) or has_vanished(session_id, facts):
+        return True
+    if not isinstance(failure, KiroRefusal) or facts.ended and is_in_sight(session_id):
+        return False
+    again = same_words(before[0]) == same_words(failure.said) and time.monotonic() - before[1] > REFUSED_AGAIN_SECONDS
+    return again or not facts.ended or failure.code == RESOURCE_NOT_FOUND or bool(LOST.search(failure.said))
 
 
-def lock_holder(text: str) -> Optional[int]:
+def same_words(text: str) -> str:
+    """Return the text without ids and numbers, which differ from one time to the next."""
+    return re.sub(r"[0-9a-f-]{8,}|\d+", "", text)
+
+
+def lock_holder(failure: KiroFailure) -> Optional[int]:
     """Return the pid in Kiro's refusal to load a locked session, or None."""
-    match = LOCKED.search(text)
+    match = LOCKED.search(failure.said)
     return int(match[1]) if match else None
 
 
-def settle_lock(pid: int, session_id: str, settings: Settings) -> None:
+def note_lock(kiro: Kiro, store: SessionStore) -> None:
+    """Note whether the lock that Kiro has just taken names its process: only then do the pids in locks mean something here."""
+    pid = lock_pid(kiro.session_id)
+    if pid is not None:
+        kiro.lock_pid = pid if belongs(pid, kiro.mark, kiro.pid) else None
+        store.set_note(LOCKS_BY_PID, "yes" if kiro.lock_pid else "")
+
+
+def settle_lock(pid: int, session_id: str, settings: Settings, store: SessionStore) -> None:
     """Do what can be done about the process that holds a session's lock; return when loading may be tried again.
 
-    A dying process of ours: nothing, its waiter ends it.  An orphan of ours: end it.  A dead process: remove its lock.
+    A dying process of ours: nothing, its keeper ends it.  An orphan of ours: end it.  A dead process: remove its lock.
     Raises KiroLocked for a living stranger.
     """
-    if is_running(pid) and environment_of(pid).get(OWNER_MARK) == owner_mark():
+    if environment_of(pid).get(OWNER_MARK) == owner_mark():
         return
-    if end_orphan(pid, settings):
-        return
-    if is_running(pid) and holds_lock(pid, session_id, settings):
+    if is_orphan(pid, settings.folder):
+        end_orphans(settings.folder)
+    elif runs_as_kiro(pid, settings):
         raise KiroLocked(f"This topic's session is open in another program (process {pid}). Close it there, then ask again.")
-    remove_dead_lock(session_id, pid)
+    elif store.get_note(LOCKS_BY_PID):
+        remove_lock(session_id, pid)
 
 
 def owner_mark() -> str:
     """Return what tells this process from all others, also from later ones with its pid."""
-    return f"{os.getpid()}.{started(os.getpid())}"
+    return f"{os.getpid()}.{_stat(os.getpid(), START_TIME)}"
 
 
-def end_orphan(pid: int, settings: Settings) -> bool:
-    """If the process is a Kiro that a former run of this folder's bot has left behind, end it with all that is its."""
+def is_orphan(pid: int, folder: Path) -> bool:
+    """Has a former run of this folder's bot left the process behind?"""
     env = environment_of(pid)
     owner, _, began = env.get(OWNER_MARK, "").partition(".")
-    if env.get(FOLDER_MARK) != str(settings.folder) or not owner.isdigit() or started(int(owner)) == began:
-        return False
-    log.warning("Ending process %s, which a former run has left behind", pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for other in {pid, *related_processes(env.get(PROCESS_MARK, "none"))}:
-            _kill(other, number)
-        limit = time.monotonic() + TERM_SECONDS
-        while is_running(pid) and time.monotonic() < limit:
-            time.sleep(0.02)
-        if not is_running(pid):
-            break
-    return True
+    lives = owner.isdigit() and is_running(int(owner)) and _stat(int(owner), START_TIME) == began
+    return env.get(FOLDER_MARK) == str(folder) and not lives and pid != os.getpid()     # Kiro may have started this bot
 
 
-def holds_lock(pid: int, session_id: str, settings: Settings) -> bool:
-    """Is the running process the one that took the lock, or has its pid been given to another since [acp 4.1]?"""
-    command_line = _proc(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").lower()
-    names = {"kiro", *(os.path.basename(word).lower() for word in settings.kiro_command if not word.startswith("-"))}
-    if not any(name in command_line for name in names):
-        return False
-    locked_at = lock_time(session_id)
-    return locked_at is None or start_time(pid) <= locked_at + 2
+def end_orphans(folder: Path) -> None:
+    """End all that former runs of this folder's bot have left behind."""
+    def find() -> list[int]:
+        return running(lambda pid: is_orphan(pid, folder))
+
+    if pids := find():
+        log.warning("Ending what a former run has left behind: processes %s", pids)
+        end_processes(find, TERM_SECONDS)
 
 
-def lock_time(session_id: str) -> Optional[float]:
-    """Return when the lock was taken, in seconds since the epoch, or None."""
-    path = session_file(session_id, "lock")
-    try:
-        text = json.loads(path.read_text())["started_at"] if path else ""
-        match = re.match(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d)?", text)
-        zone = match[3] if match[3] and match[3] != "Z" else "+00:00"
-        return datetime.fromisoformat(f"{match[1]}T{match[2]}{zone}").timestamp()
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+def runs_as_kiro(pid: int, settings: Settings) -> bool:
+    """Does the process run, and as Kiro?  The pid in a lock may have been given to another program since [acp 4.1]."""
+    command_line = os.fsdecode(_proc(pid, "cmdline")).lower()
+    names = [os.path.basename(word).lower() for word in ["kiro", *settings.kiro_command]]
+    return any(name in command_line for name in names if not NO_SIGN.fullmatch(name))
 
 
-def remove_dead_lock(session_id: str, pid: Optional[int] = None) -> None:
-    """Remove the session's lock if its process is dead, or is the given one, known to be another's pid by now."""
+def remove_lock(session_id: str, pid: int) -> None:
+    """Remove the session's lock if it names this process, which is dead or no Kiro, or for some time nobody."""
     path, holder = session_file(session_id, "lock"), lock_pid(session_id)
     try:
-        if path is None or not path.exists():
-            return
-        if holder is None and (pid is None or is_running(pid) or time.time() - path.stat().st_mtime < 2):
-            return                             # it names nobody: only when Kiro has met it, and nobody is just writing it
-        if holder is not None and holder != pid and is_running(holder):
-            return
-        path.unlink()
-        log.info("Removed the lock that dead process %s left on session %s", holder, session_id)
+        if path and (holder == pid or holder is None and time.time() - path.stat().st_mtime > 2):
+            path.unlink()
+            log.info("Removed the lock that process %s left on session %s", holder, session_id)
+    except FileNotFoundError:
+        pass
     except OSError as error:
-        log.error("A dead lock can't be removed: %s: %s", path, error.strerror)
+        log.error("A dead lock can't be removed: %s", error)
 
 
 def lock_pid(session_id: str) -> Optional[int]:
@@ -2988,6 +3238,9 @@ def lock_pid(session_id: str) -> Optional[int]:
 
 # -- processes, by /proc -----------------------------------------------------------------------------------------------
 
+STATE, GROUP, START_TIME = 0, 2, 19     # fields of /proc/PID/stat
+
+
 def _proc(pid: int, name: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
@@ -2995,53 +3248,41 @@ def _proc(pid: int, name: str) -> bytes:
         return b""
 
 
-def _stat(pid: int) -> list[bytes]:
-    """Return the fields of /proc/PID/stat from the third on (state, ppid, pgrp, ...); none when there is no process."""
-    return _proc(pid, "stat").rpartition(b")")[2].split()
+def _stat(pid: int, field: int) -> str:
+    """Return one of the fields of /proc/PID/stat after the name; nothing when there is no process."""
+    return "".join(os.fsdecode(_proc(pid, "stat")).rpartition(")")[2].split()[field:field + 1])
 
 
 def is_running(pid: int) -> bool:
     """Does the process exist, and not as a zombie?"""
-    state = _stat(pid)[:1]
+    state = _stat(pid, STATE)
     if state or pid <= 0:        # 0 and less name groups
-        return state not in ([], [b"Z"], [b"X"])
+        return state not in ("", "Z", "X")
     try:
         os.kill(pid, 0)          # there may be no descriptor to be had for /proc
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:      # somebody else's
-        pass
-    return True
-
-
-def started(pid: int) -> str:
-    """Return when the process was started, in clock ticks since boot; with the pid it names one process for ever."""
-    return b"".join(_stat(pid)[19:20]).decode()
-
-
-def start_time(pid: int) -> float:
-    """Return when the process was started, in seconds since the epoch."""
-    ticks = started(pid)
-    boot = re.search(rb"^btime (\d+)", Path("/proc/stat").read_bytes(), re.M)
-    return int(boot[1]) + int(ticks) / os.sysconf("SC_CLK_TCK") if boot and ticks else 0.0
+        return True
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)        # somebody else's
 
 
 def environment_of(pid: int) -> dict[str, str]:
     """Return the environment that the process was started with; empty when it is not ours to see."""
-    pairs = (pair.partition(b"=") for pair in _proc(pid, "environ").split(b"\0"))
-    return {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in pairs}
+    return dict(pair.partition("=")[::2] for pair in os.fsdecode(_proc(pid, "environ")).split("\0"))
 
 
-def related_processes(mark: str, group: int = -1) -> list[int]:
-    """Return the running processes that carry the process mark in their environment, or are of the process group."""
-    needle, pgrp = f"{PROCESS_MARK}={mark}".encode(), str(group).encode()
+def belongs(pid: int, mark: str, group: int) -> bool:
+    """Does the process carry the process mark in its environment, or is it of the process group?"""
+    return environment_of(pid).get(PROCESS_MARK) == mark or _stat(pid, GROUP) == str(group)
+
+
+def running(is_wanted: Callable[[int], bool]) -> list[int]:
+    """Return the running processes that are wanted."""
     try:
         pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
     except OSError as error:     # no descriptor to be had: nobody can be found now
         log.error("Processes can't be listed: %s", error.strerror)
         pids = []
-    return [pid for pid in pids
-            if (needle in _proc(pid, "environ").split(b"\0") or _stat(pid)[2:3] == [pgrp]) and is_running(pid)]
+    return [pid for pid in pids if is_wanted(pid) and is_running(pid)]
 
 
 # ======================================================================================================================
@@ -3057,6 +3298,8 @@ class Answer:
         self.heard = False                     # text, a tool call or a permission request came
         self.grace: Optional[float] = None     # seconds within which the response is to come now
         self.running = ""                      # the title of the tool that was heard of last, while it runs
+        self.steps = 0                         # tool calls begun
+        self.plan: list[tuple[str, str]] = []  # its entries: what, and pending, in_progress or completed
         self.trouble = ""                      # Kiro's last word about limits, retries and compaction
         self.credits: Optional[float] = None   # what it cost, if Kiro told
         self._pieces: list[str] = []
@@ -3089,6 +3332,9 @@ class Answer:
                 self.say(text)
         elif kind in ("tool_call", "tool_call_update"):
             self._hear_tool(update)
+        elif kind == "plan" and isinstance(update.get("entries"), list):
+            entries = map(as_dict, update["entries"])
+            self.plan = [(one_line(str(entry.get("content")), PLAN_WIDTH), str(entry.get("status"))) for entry in entries]
         elif kind == "turn_end":
             self.grace = AFTERWORD_SECONDS
 
@@ -3109,6 +3355,7 @@ class Answer:
     def _hear_tool(self, update: dict) -> None:
         """A tool call begins, tells something, or ends; v2 gives no status at its beginning."""
         tool_id = str(update.get("toolCallId"))
+        self.steps += update.get("sessionUpdate") == "tool_call"
         call = self._tools.pop(tool_id, {})
         call.update({key: update[key] for key in ("title", "kind", "rawInput", "content") if update.get(key) is not None})
         title, status = str(call.get("title") or call.get("kind") or "a tool"), update.get("status")
@@ -3141,9 +3388,15 @@ class Answer:
                         "failed": f"⚠️ The conversation could not be compacted: {error or 'Kiro does not say why'}",
                         }.get(str(kind), "")
 
+    def progress(self) -> list[str]:
+        """Return how far it is: the step from the second on, and of a plan how much is done and what comes now."""
+        done = sum(status == "completed" for _, status in self.plan)
+        now = next((what for wanted in ("in_progress", "pending") for what, status in self.plan if status == wanted), "")
+        return [f"step {self.steps}"] * (self.steps > 1) + [f"{done}/{len(self.plan)} {now}".strip()] * bool(self.plan)
+
     def text(self) -> str:
         """Return what Kiro has said so far."""
-        return whole_characters("".join(self._pieces)).strip("\n")
+        return whole_characters("".join(self._pieces)).replace("\r\n", "\n").strip("\n")
 
     def describe(self, tool_call: dict) -> str:
         """Return the question about a tool call: what it is, and each of its arguments, in plain sight."""
@@ -3212,6 +3465,12 @@ def counted(text: str, limit: int) -> str:
     return f"{text[:limit]}\n⚠️ {len(text) - limit} more characters are not shown."
 
 
+def plan_lines(plan: list[tuple[str, str]]) -> list[str]:
+    """Return a plan's entries with their signs, as far as one wants to read them."""
+    lines = [f"{PLAN_SIGNS.get(status, '☐')} {what}" for what, status in plan[:PLAN_LENGTH]]
+    return lines + [f"… {len(plan) - PLAN_LENGTH} more"] * (len(plan) > PLAN_LENGTH)
+
+
 class Draft:
     """A turn's streamed preview.  Used on the conversation's thread; `stopped` is set under its lock."""
 
@@ -3226,9 +3485,12 @@ class Draft:
         """A message in the topic has taken its place [tg 1.5]."""
         self._shown = None
 
-    def refresh(self, answer: Answer, status: str) -> float:
-        """Send a frame if there is news, or the last one is about to expire; return when to look again."""
-        now, news = time.monotonic(), (answer.version, status)
+    def refresh(self, answer: Answer, doing: str, clock: str) -> float:
+        """Send a frame if there is news, or the last one is about to expire; return when to look again.
+
+        `clock` is shown with what is being done, and is no news.
+        """
+        now, news = time.monotonic(), (answer.version, doing)
         if self.stopped:
             return math.inf
         if self._sent_at is not None and news == self._shown and now < self._sent_at + KEEP_ALIVE_SECONDS:
@@ -3238,14 +3500,15 @@ class Draft:
             return now + wait
         self._sent_at = now
         said, _ = visible_text(answer.text(), still_coming=True)
-        self._shown = news if self._chat.frame(self.id, said, status) else None
+        self._shown = news if self._chat.frame(self.id, said, (doing + clock).removeprefix(" · ")) else None
         return time.monotonic()
 
 
 class Delivery:
     """Brings a topic's answers to Telegram, part by part, also those of a former run.  On the conversation's thread.
 
-    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich", "text"} or {"kind": "file", "path",
+    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich" | "source", "text"}, where source is Markdown
+    to be shown as plain text, {"kind": "whole", "text", "caption"}, which goes as a file, or {"kind": "file", "path",
     "caption"}; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made safe.  One with "offer" has the
     buttons to ask its turn again or to drop it.
     """
@@ -3291,13 +3554,20 @@ class Delivery:
         if former:
             return plain_parts(text, simple_pieces)
         try:
-            shown, files = visible_text(text)
+            shown, files = visible_text(text, exists=self._has_file)
             shown = f"{close_code(shown)}\n\n{end}" if end and shown.strip() else shown if shown.strip() else end
             pieces = self._chat.parts(shown) if shown else []
         except Exception:   # a bug there must not cost an answer
             log.exception("An answer can't be formatted and is sent as it is")
             return plain_parts(text, simple_pieces)
         return pieces + [{"kind": "file", "path": path, "caption": caption} for path, caption in files] or plain_parts(NOTHING_SAID)
+
+    def _has_file(self, path: str) -> bool:
+        """Is there such a file in the topic's folder, as far as one can see?"""
+        try:
+            return os.path.lexists(os.path.join(self._conversation.agent.workspace(), path))
+        except (StoreError, KiroFailure):
+            return True
 
     def _send_part(self, turn_id: Optional[int], position: int, part: dict) -> list[dict]:
         """Send a part and tick it off; return what Telegram is to get instead, if it did not take it as it is."""
@@ -3354,8 +3624,13 @@ FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
 FLOOD_AT_MOST = 24 * 3600
 PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
 RICH_LIMIT = 32768              # characters [tg 2.1]
-RICH_SOURCE = 24000             # characters of Kiro's text in one rich message, before it is made safe
-RICH_LINES = 350                # each may become a block, of which there may be 500
+RICH_SHORT = 6000               # characters where a blank line allows it: clients were seen to cut longer ones
+RICH_BLOCKS = 480               # of 500, with room for a list or a table that goes on [tg 2.1]
+PARTS_AT_MOST = 20              # of an answer; of a longer one some are shown at both ends, and all of it goes as a file
+PARTS_SHOWN = 3
+ANSWER_FILE = "answer.md"
+TOO_MUCH = ("too long", "TEXT_TOO_LONG", "BLOCKS_TOO_MANY")    # a smaller part may be taken [tg 2.2]
+HALVED_AT_LEAST = 1000          # a rich part that is refused although it is smaller goes plain
 DRAFT_LIMIT = 4000
 CAPTION_LIMIT = 1024
 OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW     # must not wait for a pipe's writer
@@ -3472,6 +3747,10 @@ class Telegram:
             if status in TOO_LARGE and method is not apihelper.send_message:       # a text is never that large
                 raise Refused(status, "too large for a proxy on the way") from None
             raise Unreachable(f"HTTP {status} without an answer of the Bot API") from None
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL):
+            proxy = requests.utils.select_proxy(self._api_url, self._session.proxies)
+            name = next((name for name, value in os.environ.items() if value == proxy), "TELEGRAM_API_URL")
+            raise SettingsError(f"{name} can't be used: it is a bad address, or one for SOCKS without PySocks") from None
         except (apihelper.ApiException, requests.RequestException) as error:    # their texts hold the token
             raise Unreachable(type(error).__name__) from None
         except (urllib3.exceptions.HTTPError, KeyError, TypeError, ValueError) as error:   # an answer in no known form
@@ -3556,6 +3835,20 @@ def plain_parts(text: str, cut: Optional[Callable[[str, int], Iterator[str]]] = 
     return [plain_part(piece) for piece in pieces]
 
 
+def source_parts(text: str) -> list[dict]:
+    """Return Markdown as parts that show it as plain text, its code monospaced."""
+    return [{**part, "kind": "source"} for part in plain_parts(text)]
+
+
+def abridged(parts: list[dict], text: str) -> list[dict]:
+    """Return the parts of an answer, or of one that has too many the first and the last, and a file with all of its text."""
+    if len(parts) <= PARTS_AT_MOST:
+        return parts
+    caption = f"✂️ {len(parts) - 2 * PARTS_SHOWN} messages are left out here: this is the whole answer."
+    whole = {"kind": "whole", "text": whole_characters(text), "caption": caption}
+    return [*parts[:PARTS_SHOWN], whole, *parts[-PARTS_SHOWN:]]
+
+
 def simple_pieces(text: str, limit: int) -> Iterator[str]:
     """Yield the text in pieces of at most so many UTF-16 units, cut at line ends if possible; without looking into it."""
     at, room = 0, limit // 2
@@ -3622,9 +3915,9 @@ class Topic:
     def parts(self, text: str) -> list[dict]:
         """Cut Kiro's text into parts (see Delivery)."""
         self._gone = False                     # Telegram may have been wrong; it is asked again
-        if not (self._rich and self._telegram.rich and has_markdown(text)):
-            return plain_parts(text)
-        return [{"kind": "rich", "text": piece} for piece in rich_pieces(text)]
+        is_rich = self._rich and self._telegram.rich and has_markdown(text)
+        parts = [{"kind": "rich", "text": piece} for piece in rich_pieces(text)] if is_rich else source_parts(text)
+        return abridged(parts, text)
 
     def send(self, part: dict, buttons: Optional[Buttons] = None) -> list[dict]:
         """Send a part of an answer; return other parts when it has to be sent in their form instead."""
@@ -3632,6 +3925,12 @@ class Topic:
             if part["kind"] == "rich":
                 rich = types.InputRichMessage(markdown=rich_safe(part["text"]), skip_entity_detection=True)
                 self._post(apihelper.send_rich_message, rich, reply_markup=markup(buttons))
+            elif part["kind"] == "source":
+                self._post_source(part["text"], buttons)
+            elif part["kind"] == "whole":
+                file = io.BytesIO(part["text"].encode())
+                file.name = ANSWER_FILE
+                self._post(send_document, file, caption=part["caption"])
             else:
                 self._post_plain(part["text"], buttons)
         except Refused as refusal:
@@ -3644,21 +3943,32 @@ class Topic:
             log.error("An answer can't be delivered to %s: %s", self._user_id, refusal)
             return []
         log.warning("Telegram refused a %s part: %s", part["kind"], refusal)
-        if part["kind"] == "rich":
-            if refusal.code == 404 and "chat" not in refusal.description:       # a server that lacks the method
-                self._telegram.rich = False
-            return plain_parts(part["text"])
-        if len(part["text"]) > 1 and "too long" in refusal.description:
-            half = split_text(part["text"], max(utf16_length(part["text"]) // 2, 1), utf16_length)
-            return [plain_part(piece) for piece in half]
+        kind, text = part["kind"], part["text"]
+        if kind == "rich" and refusal.code == 404 and "chat" not in refusal.description:    # a server that lacks the method
+            self._telegram.rich = False
+        if len(text) > (HALVED_AT_LEAST if kind == "rich" else 1) and any(words in refusal.description for words in TOO_MUCH):
+            half = split_text(text, max(utf16_length(text) * 2 // 3, 1), utf16_length)
+            return [{**part, "text": piece} for piece in half]
+        if kind in ("rich", "whole"):
+            return source_parts(text)
         if part.get("last_word"):
             log.error("Nor can that be said to %s", self._user_id)
             return []
         return [{**plain_part(f"⚠️ Telegram refused a part of the answer: {refusal.description}"), "last_word": True}]
 
-    def _post_plain(self, text: str, buttons: Optional[Buttons] = None, seconds: float = ANSWER_SECONDS) -> Any:
+    def _post_source(self, text: str, buttons: Optional[Buttons]) -> Any:
+        """Send Markdown as plain text with its code monospaced, or as it is if Telegram does not take that."""
+        shown, entities = plain_form(text)
+        try:
+            return self._post_plain(shown, buttons, entities=entities)
+        except Refused:
+            if not entities:
+                raise
+        return self._post_plain(text, buttons)
+
+    def _post_plain(self, text: str, buttons: Optional[Buttons] = None, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
         return self._post(apihelper.send_message, text if text.strip() else "…", seconds=seconds,
-                          reply_markup=markup(buttons), link_preview_options=NO_PREVIEW)
+                          reply_markup=markup(buttons), link_preview_options=NO_PREVIEW, **kwargs)
 
     def _post(self, method: Callable[..., Any], content: Any, seconds: float = ANSWER_SECONDS, **kwargs: Any) -> Any:
         """Send into the topic; when it was deleted, to the chat itself, and say so."""
@@ -3796,63 +4106,94 @@ def open_inside(path: str, workspace: str) -> IO[bytes]:
 # Markdown: what Kiro writes, made safe and cut to size
 # ======================================================================================================================
 
-# `re` holds the interpreter's lock while it searches, so each pattern must be linear on any text: no inner part can be read
-# in two ways, and what is looked for in vain stops at a line's end, a bracket or after 2000 characters.
+# `read` goes through a text once, as GitHub's Markdown has it, and says of each line what it is part of.  Everything else asks
+# it: what is code, where to cut, what a message costs, what is closed at its end.  Then SIGN is looked for in one paragraph or
+# cell at a time.
 #
-#     CODE, FENCE_LINE   where code is: in it nothing is a tag or a link
-#     FILE_TAG, CUT_TAG  <send_file>; attributes and caption end at the next < or >
-#     MARKDOWN           is there anything to format
-#     PROSE              links, code, escapes and signs outside of code, one after the other
-#     RULE_CELL          a cell of the line below a table's head
-#     SAFE_URL           an address that Telegram takes
+# `re` holds the interpreter's lock while it searches, so each pattern must be linear on any text: no inner part can be read in
+# two ways, and what is looked for in vain ends before another of its kind, at a line's end, or after 2000 characters.
+#
+#     BOX, BOX_IN_TEXT, QUOTE   what a quote or an item begins with; at one place of a line
+#     LEAF, LEAF_IN_TEXT        what else a line may be; the same
+#     FENCE_END, FENCED, RULE   the end of a code block, all of one, the line below a table's head; runs, lines, cells
+#     CELL, NUMBER              runs of what is no bar, of digits
+#     SIGN, IMAGE, REFERENCE    signs outside of code, one after the other: a run of ` is tried for 2000 characters, a bracket
+#                               to the next one, a target to a blank or its ninth pair of parentheses, a title to a quote
+#     SAFE_URL                  an address that Telegram takes; its parts end at a dot
+#     FILE_TAG, WORD, CUT_TAG, TAG_BEGINNING   <send_file>; attributes and caption end at the next < or >
+#     FORMATTED                 is there anything to format; ends at the next sign of its kind
 
-MARKERS = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)]|>)[ \t]+){0,9}"      # of the items and quotes that a code block may begin in
-FENCE = MARKERS.join((r"^", r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*(?:\n.*?(?:^[ \t>]*(?P=fence)[`~]*[ \t]*$|\Z)|\Z)"))
-CODE_SPAN = r"(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).){1,2000}?(?<!`)(?P=ticks)(?!`)"
-CODE = re.compile(f"{FENCE}|{CODE_SPAN}", re.M | re.S)
-FENCE_LINE = re.compile(MARKERS + r"(`{3,}(?=[^`]*$)|~{3,})")
-FILE_TAG = re.compile(r"""<send_file\s+path\s*=\s*(?:"(?P<double>[^"<>\n]*)"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^\s"'<>]+?))"""
-                      r"""(?:\s[^<>]*?)?(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?)""", re.S)
+LINE = r"[ ]{0,3}(?P<sign>[-*_])(?:[ \t]*(?P=sign)){2,}[ \t]*$"
+BOX = re.compile(rf"(?!{LINE})[ ]{{0,3}}(?:>[ \t]?|(?:(?P<number>\d{{1,9}})[.)]|[-+*])"
+                 r"(?:[ \t]{1,4}(?=\S)|[ \t](?=[ \t])|(?=[ \t]*$)))")
+BOX_IN_TEXT = re.compile(rf"(?!{LINE})[ ]{{0,3}}(?:>[ \t]?|(?:(?P<number>1)[.)]|[-+*])"
+                         r"(?:[ \t]{1,4}(?=\S)|[ \t](?=[ \t]+\S)))")
+QUOTE = re.compile(r"[ ]{0,3}>[ \t]?")
+BLOCK = (rf"(?P<line>{LINE})|(?P<blank>[ \t]*$)|(?P<heading>[ ]{{0,3}}\#{{1,6}}(?=[ \t]|$))"
+         r"|(?P<fence>[ ]{0,3}(?P<mark>`{3,80}(?=[^`]*$)|~{3,80}(?!~)))")
+DEFINITION = r"""[ ]{0,3}\[(?!\^)(?P<name>[^\[\]]+)\]:[ \t]*<?(?P<url>[^\s<>]+)>?(?:[ \t]+(?:"[^"]*"|'[^']*'))?[ \t]*$"""
+LEAF = re.compile(rf"{BLOCK}|(?P<indented>[ ]{{4}}|[ ]*\t)|(?P<definition>{DEFINITION})|(?P<text>)")
+LEAF_IN_TEXT = re.compile(rf"(?P<underline>[ ]{{0,3}}(?:=+|-+)[ \t]*$)|{BLOCK}|(?P<text>)")
+FENCED = re.compile(r"[ ]*(?P<mark>`{3,}|~{3,})[ ]*(?P<language>\S*)[^\n]*\n?(?P<code>.*?)"
+                    r"(?:(?<=\n)[ >]*(?P=mark)[`~]*[ \t]*)?", re.S)
+FENCE_END = re.compile(r"[ ]{0,3}(`{3,}|~{3,})[ \t]*$")
+RULE = re.compile(r"(?=.*\|)\|?(?:[ \t]*:?-+:?[ \t]*\|)*[ \t]*(?::?-+:?)?")
+CELL = re.compile(r"(?:\\.|[^\\|\n])+|(?<=\|)(?=\|)")
+NUMBER = re.compile(r"\d+")
+CODE_SPAN = r"(?P<code>(?<!`)(?P<ticks>`+)(?!`)(?:[^\n]|\n(?![ \t>]*\n)){0,2000}?(?<!`)(?P=ticks)(?!`))"
+LABEL = r"(?:\\.|`[^`\n]*`|!\[[^\[\]]*\]\([^()\s]*\)|(?<!!)\[[^\[\]]*\](?!\()|[^\[\]\\`!]|!(?!\[))*"
+STOP = r"\s\\<>\"`|\[\]()“”„‘’…«»‹›،؛؟।、-〃〈-〟！-／：-？［-］｛-･"     # what ends an address in a sentence, in any script
+SIGN = re.compile(rf"""
+    (?P<escape>\\[!-/:-@\[-`{{-~]) | {CODE_SPAN}
+    | (?P<link>(?P<image>!?)\[(?P<label>{LABEL})\]\([ ]{{0,3}}(?:<(?P<angle>[^<>\n]*)>|(?P<target>(?!<)[^\s()]*
+        (?:\([^\s()]*\)[^\s()]*){{0,8}}))(?:[ ]{{1,3}}(?:"[^"\n]*"|'[^'\n]*'))?[ ]{{0,3}}\))
+    | (?P<newline>\\\n|(?<![ ]{{2}})\n)
+    | (?P<start>^[ \t>]*(?:\d{{1,9}}(?=[.)](?:\s|$))|(?=[-+*](?:\s|$)|\#{{1,6}}[^\s\#]|\[(?!\^)[^\[\]\n]+\]:)))
+    | (?P<address>(?<![a-zA-Z\d])<?https?://(?:[^*{STOP}]|\*(?!\*)|\([^{STOP}]*\))+>?)
+    | (?P<br>(?<!\s)<br[ ]*/?>|<br[ ]*/?>$)
+    | (?P<mark>`+|\$|<|==+|\|\|+|!(?=\[|<?https?://)|(?<=\])\()""", re.M | re.X)
+IMAGE = re.compile(r"!\[([^\[\]]*)\]\([^()\s]*\)")
+REFERENCE = re.compile(r"(?<!\\)(?P<image>!?)\[(?P<label>[^\[\]\n]+)\](?:\[(?P<name>[^\[\]\n]*)\]|(?![(\[:]))")
+SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.(?:[A-Za-z][A-Za-z\d-]+|[^\W\d_A-Za-z]{2,})|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?"
+                      r"(?:[/?#]\S*)?|tg://\w\S*|mailto:[\w.+-]+@[\w-]+\.[\w.-]+")
+FILE_TAG = re.compile(r"""(?P<before>[^\s>][ ]?)?(?P<tag><send_file\s+path\s*=\s*"""
+                      r"""(?:"(?P<double>[^"<>\n]*)"|'(?P<single>[^'<>\n]*)'|(?P<bare>[^\s"'<>]+?))"""
+                      r"""(?:\s[^<>]*?)?(?:/>|>(?:(?P<caption>(?:(?!<send_file\b).)*?)</send_file>)?))""", re.S)
+WORD = re.compile(r" ?[^\s<]")
 CUT_TAG = re.compile(r"<send_file\s+path\s*=[^<>]*\Z")
+TAG_BEGINNING = re.compile(r"<(?:s(?:e(?:n(?:d(?:_(?:f(?:i(?:l(?:e[^<>]*)?)?)?)?)?)?)?)?)?\Z")
 TAG_START, TAG_END = "<send_file", "</send_file>"
-MARKDOWN = re.compile(r"""
-    ^[ ]{0,3}(?:\#{1,6}\s | [-*+]\s+\S | \d{1,9}[.)]\s+\S | >\s?\S | `{3} | ~{3} | \|.*\|[ \t]*$
-        | (?:-{3,}|\*{3,}|_{3,})[ \t]*$)
-    | `[^`\n]+` | \*\*\S | (?<!\w)__\S | ~~\S | (?<![\w*])\*[^\s*][^*\n]*\*(?!\w) | (?<!\w)_[^\s_][^_\n]*_(?!\w)
-    | \[[^\[\]\n]{0,1000}\]\([^()\n]{1,1000}\)""", re.M | re.X)
-PROSE = re.compile(FENCE + "|" + r"""
-    (?P<link>(?P<image>!?)\[(?P<label>(?:\\.|`[^`\n]*`|\[[^\[\]\n]*\]|[^\[\]\\`\n])*)\]
-        \((?P<target><[^<>\n]*>|[^()\n]*(?:\([^()\n]*\)[^()\n]*)*)\))
-    |(?P<code>""" + CODE_SPAN + r""")
-    |(?P<definition>^[ ]{0,3}\[(?=(?!\^)[^\]\n]+\]:))
-    |(?P<escaped>\\[!-/:-@\[-`{-~])
-    |(?P<break><br\s*/?>)
-    |<(?P<auto>https?://[^\s<>]+)>
-    |(?P<url>https?://[^\s<>"`|\[\]]+)
-    |(?P<tag>^[ ]{0,3}\#{1,6}(?=[^\s\#]))
-    |(?P<mark>\$|<|==+|\|\|+|!(?=\[|<?https?://))
-    """, re.M | re.S | re.X)
-RULE_CELL = re.compile(r":?-+:?")
-SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.[A-Za-z][\w-]+|\d{1,3}(?:\.\d{1,3}){3})(?::\d{1,5})?(?:[/?#]\S*)?|tg://\S+")
+FORMATTED = re.compile(r"`[^`\n]+`|\]\(\S|~~[^\s~][^~\n]*~~|\*\*(?![\s*./])[^*\n]*[^\s*/]\*\*"
+                       r"|(?<![\w*/])\*(?![\s*./])[^*\n]*[^\s*/]\*(?![\w*])|(?<![\w/])_(?![\s_])[^_\n]*[^\s_]_(?!\w)"
+                       r"|(?<![\w/])__(?![\s_]|[a-z\d]*__)[^_\n]*[^\s_]__(?!\w)")
+DEPTH_AT_MOST = 8               # of quotes and items; a list in a list has two levels of Telegram's 16 [tg 2.1]
+COLUMNS_AT_MOST = 20
+ENTITIES_AT_MOST = 100
+OPENING_AT_MOST = 200           # characters of a table's head that are repeated
+
+Stretch = tuple[int, int, str]          # start and end in a text, and what is or shall be there
 
 
 def utf16_length(text: str) -> int:
     """Return the length in UTF-16 units, as Telegram's clients count."""
-    return len(text) + sum(c > "\uffff" for c in text) if not text.isascii() else len(text)
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
-def shortened(text: str, limit: int) -> str:
-    """Return the text, or its beginning with an ellipsis."""
-    return text if len(text) <= limit else f"{text[:limit]}…"
+def one_line(text: str, limit: int) -> str:
+    """Return the text in plain sight on one line, shortened."""
+    return shortened(in_plain_sight(" ".join(text.split())), limit)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people write it: 45 s, 1 m 35 s, 2 h 5 m."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} m" if hours else f"{minutes} m {rest} s" if minutes else f"{rest} s"
 
 
 def whole_characters(text: str) -> str:
     """Join surrogate halves, which arrive apart when an emoji lies across two chunks; replace what is left of them."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def in_plain_sight(text: str) -> str:
@@ -3861,239 +4202,362 @@ def in_plain_sight(text: str) -> str:
                    for c in whole_characters(text))
 
 
+def shortened(text: str, limit: int) -> str:
+    """Return the text, or its beginning with an ellipsis."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def tail(text: str, limit: int) -> str:
     """Return the end of the text, at most so many UTF-16 units, from the start of a line if possible."""
     if utf16_length(text) <= limit:
         return text
-    end = text[-limit + 1:]
-    while utf16_length(end) > limit - 1:
-        end = end[max(1, (utf16_length(end) - limit) // 2):]
+    end = text[-limit:].encode("utf-16-le", "surrogatepass")[2 - 2 * limit:].decode("utf-16-le", "ignore")
     line = end.find("\n")
     return "…" + (end[line + 1:] if 0 <= line < len(end) // 2 else end)
 
 
-def code_ranges(text: str) -> list[tuple[int, int]]:
-    """Return where code is, in order: fenced blocks, closed or not, and code spans."""
-    return [match.span() for match in CODE.finditer(text)] if "`" in text or "~~~" in text else []
+class Box(NamedTuple):
+    """A quote or a list's item that is open."""
+
+    goes_on: re.Pattern[str]    # how another line of it begins
+    number: int                 # of a numbered item, else 0
 
 
-def is_inside(at: int, ranges: list[tuple[int, int]]) -> bool:
-    """Is the position in one of the ranges, which are in order?"""
-    n = bisect.bisect_right(ranges, (at, sys.maxsize))
-    return n > 0 and at < ranges[n - 1][1]
+class Line(NamedTuple):
+    """A line, and what it is part of."""
+
+    start: int
+    at: int                     # where its words start, behind the marks of quotes and items
+    end: int
+    kind: str                   # blank, text, underline, heading, line, definition, fence, code, end, indented, head, rule, row
+    block: int                  # the start of its block
+    rank: int                   # of a cut before it: 4 between paragraphs, 3 blocks, 2 in an item, 1 a block, 0 a line, -1 none
+    cost: int                   # how many of Telegram's blocks begin here
+    boxes: tuple[Box, ...]
+    number: int = 0             # of the numbered item that begins here
+    closing: str = ""           # what a message that ends here has to end with: the ``` of code
+    opening: str = ""           # what the next one has to begin with: the same, a table's head
 
 
-def visible_text(text: str, still_coming: bool = False) -> tuple[str, list[tuple[str, str]]]:
-    """Return the text without its file tags, and the (path, caption) of each; tags inside code are text.
+def read(text: str) -> list[Line]:
+    """Return the lines of a text, and what each is part of."""
+    last, start, lines = Line(0, 0, 0, "blank", 0, 0, 0, ()), 0, []
+    for words in text.removesuffix("\n").split("\n"):
+        line = read_line(text, last, start, start + len(words))
+        if line.kind == "rule":
+            lines[-1] = last._replace(kind="head", block=last.start, rank=max(last.rank, 2), cost=last.cost + 1)
+        lines.append(line)
+        last, start = line, line.end + 1
+    return lines
+
+
+def read_line(text: str, last: Line, start: int, end: int) -> Line:
+    """Return what the line behind another one is."""
+    going, at = go_on(text, last.boxes, start, end)
+    inside = going == len(last.boxes)
+    here = last._replace(start=start, at=at, end=end, rank=1, cost=0, number=0)
+    if last.closing and inside:
+        mark = FENCE_END.match(text, at, end)
+        ends = mark and mark[1].startswith(last.closing.strip("> "))
+        return here._replace(kind="end", rank=-1, closing="", opening="") if ends else here._replace(kind="code")
+    boxes, at = begin(text, last, going, at, end)
+    begun = boxes[going:]
+    kind = (LEAF_IN_TEXT if last.kind == "text" and not begun else LEAF).match(text, at, end).lastgroup
+    if kind == "text" and inside and not begun:
+        if last.kind in ("rule", "row"):
+            return here._replace(kind="row", cost=1)
+        rule = text[at:end].strip()
+        if last.kind == "text" and RULE.fullmatch(rule) and columns(rule) == columns(text[last.at:last.end]):
+            return here._replace(kind="rule", rank=-1, cost=1, block=last.start, opening=f"{text[last.start:end]}\n")
+    if kind == last.kind in ("text", "indented") and not begun:
+        return here                            # text also without the marks of its boxes
+    rank = {"blank": 1, "underline": -1}.get(kind, 4 if last.kind == "blank" else 3)
+    if rank > 2 and any(box.goes_on is not QUOTE for box in boxes[:going]):
+        rank = 2
+    number = next((box.number for box in begun if box.number), 0)
+    line = Line(start, at, end, kind, start, rank, len(begun) + (kind != "blank"), boxes, number)
+    if kind == "fence":
+        before = margin(text, line)
+        return line._replace(closing=before + LEAF.match(text, at, end)["mark"], opening=f"{before}{text[at:end]}\n")
+    return line
+
+
+def go_on(text: str, boxes: tuple[Box, ...], at: int, end: int) -> tuple[int, int]:
+    """Return how many of the boxes a line is in, and where it goes on behind their marks."""
+    for n, box in enumerate(boxes):
+        match = box.goes_on.match(text, at, end)
+        if not match:
+            return n, at
+        at = match.end()
+    return len(boxes), at
+
+
+def begin(text: str, last: Line, going: int, at: int, end: int) -> tuple[tuple[Box, ...], int]:
+    """Return the boxes with those that begin here, and where the line goes on."""
+    boxes, former = last.boxes[:going], last.boxes[going:]
+    match = (BOX_IN_TEXT if last.kind == "text" and not former else BOX).match(text, at, end)
+    while match and len(boxes) < DEPTH_AT_MOST:
+        goes_on = QUOTE if ">" in match[0] else re.compile(f"[ ]{{{len(match[0])}}}|\t|(?=[ \t]*$)")
+        number = int(match["number"] or 0)
+        if number and former and former[0].number:
+            number = former[0].number + 1
+        boxes, former, at = (*boxes, Box(goes_on, number)), (), match.end()
+        match = BOX.match(text, at, end)
+    return boxes, at
+
+
+def margin(text: str, line: Line) -> str:
+    """Return how a line begins that is in the same quotes and items."""
+    return re.sub(r"[^>\s]", " ", re.sub(r">(?! )", "> ", text[line.start:line.at]))
+
+
+def columns(row: str) -> int:
+    """Return how many cells a table's line has."""
+    return len(CELL.findall(row.strip()))
+
+
+def blocks(text: str) -> Iterator[list[Line]]:
+    """Yield the lines of each block."""
+    for _, lines in itertools.groupby(read(text), key=lambda line: line.block):
+        yield list(lines)
+
+
+def stretches(text: str, block: list[Line]) -> Iterator[tuple[int, int]]:
+    """Yield where inline signs belong together: in a paragraph, or in a cell."""
+    if block[0].kind in ("text", "heading", "definition"):
+        yield block[0].at, block[-1].end
+    elif block[0].kind == "head":
+        for line in block[:1] + block[2:]:
+            yield from (cell.span() for cell in CELL.finditer(text, line.at, line.end))
+
+
+def code_in(text: str, kinds: tuple[str, ...] = ("fence", "indented")) -> Iterator[Stretch]:
+    """Yield where blocks of these kinds and code spans are, and of what kind each is."""
+    for block in blocks(text):
+        if block[0].kind in kinds:
+            yield block[0].at, block[-1].end, block[0].kind
+            continue
+        for start, end in stretches(text, block):
+            yield from ((*sign.span(), "span") for sign in SIGN.finditer(text, start, end) if sign["code"])
+
+
+def without_code(text: str) -> str:
+    """Return the text with all code blotted out."""
+    return changed(text, ((start, end, "`" * (end - start)) for start, end, _ in code_in(text)))
+
+
+def visible_text(text: str, still_coming: bool = False,
+                 exists: Callable[[str], bool] = lambda path: True) -> tuple[str, list[tuple[str, str]]]:
+    """Return the text without its file tags, and the (path, caption) of each; a tag in code is text, and so is one in the
+    midst of a sentence whose file does not exist.
 
     While the text is still coming, the beginning of a tag at its end is hidden too.
     """
     if "<" not in text:
         return text, []
-    code, files, kept, at = code_ranges(text), [], [], 0
-    for match in FILE_TAG.finditer(text):
-        if is_inside(match.start(), code):
+    files, kept, at = [], [], 0
+    uncoded = without_code(text)
+    for match in FILE_TAG.finditer(uncoded):
+        path = (match["double"] or match["single"] or match["bare"] or "").strip()
+        if match["before"] and WORD.match(text, match.end()) and not exists(path):
             continue
-        kept.append(text[at:match.start()])
+        kept.append(text[at:match.start("tag")])
         at = match.end()
-        if still_coming and not match[0].endswith(("/>", TAG_END)) and TAG_START not in text[at:]:
+        if still_coming and not match[0].endswith(("/>", TAG_END)) and TAG_START not in uncoded[at:]:
             at = len(text)                     # its caption is still coming
             break
-        path = match["double"] or match["single"] or match["bare"] or ""
-        files.append((path.strip(), (match["caption"] or "").strip()))
-    rest = text[at:]
-    start = tag_beginning(rest) if still_coming else cut_tag(rest)
-    if start is not None and not is_inside(at + start, code):
-        rest = rest[:start]
-    return "".join([*kept, rest]).strip("\n"), files
-
-
-def tag_beginning(text: str) -> Optional[int]:
-    """Return where a tag begins that the next piece may complete."""
-    start = text.rfind(TAG_START)
-    if start >= 0 and ">" not in text[start:]:
-        return start
-    start = text.rfind("<", -len(TAG_START))
-    return start if start >= 0 and TAG_START.startswith(text[start:]) else None
-
-
-def cut_tag(text: str) -> Optional[int]:
-    """Return where a tag begins that the answer's end has cut off."""
-    match = CUT_TAG.search(text)
-    return match.start() if match else None
+        files.append((path, text[slice(*match.span("caption"))].strip()))
+    cut = (TAG_BEGINNING if still_coming else CUT_TAG).search(uncoded, at)
+    return "".join([*kept, text[at:cut.start() if cut else None]]).strip("\n"), files
 
 
 def has_markdown(text: str) -> bool:
-    """Is there anything to format?"""
-    return bool(MARKDOWN.search(text))
+    """Is there anything to format, and no deeper than Telegram takes it?"""
+    lines = read(text)
+    return max(len(line.boxes) for line in lines) < DEPTH_AT_MOST and (
+        any(line.boxes or line.kind not in ("blank", "text") for line in lines) or bool(FORMATTED.search(text)))
 
 
 def close_code(text: str) -> str:
     """Return the text with a code block that is open at its end closed."""
-    fence = ""
-    for line in text.splitlines():
-        fence = next_fence(fence, line)
-    return f"{text}\n{fence_mark(fence)}" if fence else text
+    closing = read(text)[-1].closing
+    return text.removesuffix("\n") + "\n" + closing if closing else text
 
 
-def next_fence(fence: str, line: str) -> str:
-    """Return the line that opened the code block we are in after this line, or nothing outside."""
-    match = FENCE_LINE.match(line)
-    if not match:
-        return fence
-    if not fence:
-        return line
-    closes = match[1].startswith(fence_mark(fence)) and not line.strip(" \t>`~")
-    return "" if closes else fence
+def changed(text: str, changes: Iterable[Stretch]) -> str:
+    """Return the text after changes, which are in order: start, end, and what is to be there instead."""
+    shown, at = [], 0
+    for start, end, new in changes:
+        shown += text[at:start], new
+        at = end
+    return "".join(shown) + text[at:]
 
 
-def fence_mark(fence: str) -> str:
-    """Return the ``` of a line that opens a code block."""
-    return FENCE_LINE.match(fence)[1]
+def plain_form(text: str) -> tuple[str, list[dict]]:
+    """Return the text with code and tables marked by entities instead of by signs; what is too much for that stays."""
+    shown, entities, at = "", [], 0
+    for start, end, kind in itertools.islice(code_in(text, ("fence", "indented", "head")), ENTITIES_AT_MOST):
+        inner, entity = text[start:end], {"type": "pre"}
+        if kind == "span":
+            inner, entity = inner.strip("`"), {"type": "code"}
+        elif kind == "fence":
+            fence, indent = FENCED.fullmatch(inner), start - text.rfind("\n", 0, start) - 1
+            inner = re.sub(f"(?m)^[ >]{{0,{indent}}}", "", fence["code"]).removesuffix("\n")
+            entity["language"] = fence["language"]
+        shown, at = shown + text[at:start], end
+        if inner.strip():
+            entities.append({**entity, "offset": utf16_length(shown), "length": utf16_length(inner)})
+        shown += inner
+    return shown + text[at:], entities
 
 
-def split_text(text: str, limit: int, size: Callable[[str], int] = len, lines_at_most: int = 10**9) -> Iterator[str]:
-    """Yield the text in pieces of at most `limit` by `size`: cut at paragraphs, else lines, else words; a code block is
-    closed at a cut and opened again with its language."""
-    room = max(limit - 80, limit // 2, 1)      # for the fences at both ends
-    piece: list[str] = []                      # lines, with the fence that is open before each
-    fences: list[str] = []
-    used, fence = 0, ""
-    for line in short_lines(text, room, size):
-        if piece and (used + size(line) > room or len(piece) >= lines_at_most):
-            cut = best_cut(piece, fences)
-            yield from fenced(piece[:cut], fences[0], fences[cut] if cut < len(piece) else fence)
-            piece, fences = piece[cut:], fences[cut:]
-            used = sum(map(size, piece))
-        piece.append(line)
-        fences.append(fence)
-        used += size(line)
-        fence = next_fence(fence, line.rstrip("\n"))
-    yield from fenced(piece, fences[0] if fences else "", fence)
-
-
-def best_cut(piece: list[str], fences: list[str]) -> int:
-    """Return before which line to cut: after the last blank line of the second half that is in no code block."""
-    for n in range(len(piece) - 1, len(piece) // 2, -1):
-        if not piece[n - 1].strip() and not fences[n]:
-            return n
-    return len(piece)
-
-
-def fenced(lines: list[str], before: str, after: str) -> Iterator[str]:
-    """Yield the lines as one piece, its code block opened and closed if it is cut through; nothing for blank ones."""
-    body = "".join(lines).rstrip("\n") if before else "".join(lines).strip("\n")
-    if not body.strip():
-        return
-    opening = (before if len(before) <= 40 else fence_mark(before)) + "\n" if before else ""
-    if before and after == before and FENCE_LINE.match(body) and not body.strip().strip("`~"):
-        return                                 # nothing but the end of the block
-    yield opening + body + (f"\n{fence_mark(after)}" if after else "")
-
-
-def short_lines(text: str, room: int, size: Callable[[str], int]) -> Iterator[str]:
-    """Yield the lines with their ends, those that don't fit cut at spaces."""
-    for line in text.splitlines(keepends=True):
-        while size(line) > room:
-            width = room if line.isascii() or size is len else max(room // 2, 1)
-            space = line.rfind(" ", width // 2, width)
-            cut = space + 1 if space > 0 else width
-            yield line[:cut]
-            line = line[cut:]
-        yield line
-
-
-def rich_pieces(text: str) -> Iterator[str]:
-    """Yield Kiro's Markdown in pieces that are rich messages of allowed size once they are made safe."""
-    for piece in split_text(text, RICH_SOURCE, len, RICH_LINES):
-        if len(rich_safe(piece)) <= RICH_LIMIT:
-            yield piece
-        else:
-            yield from split_text(piece, RICH_LIMIT // 5, len, RICH_LINES)     # escaping at most multiplies by five
+# -- rich messages -----------------------------------------------------------------------------------------------------
 
 
 def rich_safe(text: str) -> str:
     """Return Markdown that Telegram neither refuses nor garbles, and that makes it fetch nothing [tg 2.1-2.3]."""
-    return hard_breaks(safe_prose(close_code(text)))
+    text = resolved(text)
+    return changed(text, safe_changes(text))
 
 
-def safe_prose(text: str) -> str:
-    """Neutralize links and signs outside of code that mean something else to Telegram."""
-    return PROSE.sub(_safe_token, text)
+def safe_changes(text: str) -> Iterator[Stretch]:
+    """Yield what rich_safe changes."""
+    for block in blocks(text):
+        first, last = block[0], block[-1]
+        if first.kind == "head" and columns(text[first.at:first.end]) > COLUMNS_AT_MOST:
+            yield first.at, first.at, f"```\n{margin(text, first)}"
+            yield last.end, last.end, f"\n{margin(text, first)}```"
+        elif last.closing:
+            yield last.end, last.end, "\n" + last.closing
+        else:
+            for start, end in stretches(text, block):
+                yield start, end, SIGN.sub(safe_sign, text[start:end]) or " "
 
 
-def _safe_token(match: re.Match[str]) -> str:
-    """Return what stands for one match of PROSE; code and escapes stay as they are."""
-    if match["link"]:
-        return _safe_link(match["label"], match["target"])
-    if match["definition"]:
-        return "\\["
-    if match["break"]:
-        return " "
-    if match["auto"]:
-        return _safe_link("", match["auto"])
-    if match["url"]:
-        url = match["url"].rstrip(".,;:!?'*_" if "(" in match["url"] else ".,;:!?'*_)")     # what ends the sentence
-        return _safe_link("", url) + match["url"][len(url):]
-    if match["tag"]:
-        return match["tag"].replace("#", "\\#", 1)
-    if match["mark"]:
-        return _safe_mark(match)
-    return match[0]
+def safe_sign(sign: re.Match[str]) -> str:
+    """Return what stands for a sign; code and escapes stay as they are."""
+    kind, words = sign.lastgroup, sign[0]
+    if kind == "link":
+        return safe_link(sign)
+    if kind == "address":
+        words = words.strip("<>")
+        url = words.rstrip(".,;:!?'*~" + "_" * sign.string.endswith("_", 0, sign.start()))      # what ends the sentence
+        return linked(safe_label(url), url) + words[len(url):]
+    if kind == "mark":
+        return safe_label(words)
+    return {"start": words + "\\", "newline": "  \n", "br": " "}.get(kind, words)
 
 
-def _safe_mark(match: re.Match[str]) -> str:
-    mark = match["mark"]
-    if mark == "<":
-        return "&lt;"
-    line = match.string[match.string.rfind("\n", 0, match.start()) + 1:match.start()]
-    if mark[0] == "|" and line.lstrip().startswith("|"):
-        return " ".join(mark)                  # empty cells
-    return "".join("\\" + sign for sign in mark)
-
-
-def _safe_link(label: str, target: str) -> str:
+def safe_link(link: re.Match[str]) -> str:
     """Return a link that Telegram takes, or else label and target as text: a relative path would refuse it all."""
-    target = target.strip().strip("<>").split(' "')[0].strip()
-    label = safe_prose(label)
+    target, words = (link["angle"] or link["target"] or "").strip(), link["label"].strip("`* ")
+    label = SIGN.sub(lambda sign: safe_label(sign[0]) if sign["address"] else safe_sign(sign), IMAGE.sub(r"\1", link["label"]))
     if SAFE_URL.fullmatch(target):
-        target = target.replace("$", "%24")
-        return f"[{label or safe_label(target)}]({target})"
-    code = f"`{target.replace('`', '')}`" if target.strip("`") else ""
-    if not label.strip() or label.strip("`* ") == target:
-        return code
-    return f"{label} ({code})" if code else label
+        return linked(label if words else safe_label(target), target)
+    if not link["image"] and re.match(r"[\w)\]]", link.string[link.start() - 1:link.start()]):
+        return f"\\[{label}]\\({target})"      # f[a](b)
+    if not words or f"/{target}".partition("#")[0].endswith(f"/{words}"):
+        return linked("", target)
+    return f"{label} ({linked('', target)})" if target.strip("`") else label
 
 
-def safe_label(url: str) -> str:
-    """Return an address as text that is not taken for Markdown."""
-    return re.sub(r"([\\`*_\[\]$<>=|~])", r"\\\1", url)
+def linked(label: str, url: str) -> str:
+    """Return a link, or what can't be one as code."""
+    if SAFE_URL.fullmatch(url):
+        return f"[{label}]({url.replace('$', '%24')})"
+    return f"`{url.replace('`', '')}`" if url.strip("`") else ""
 
 
-def is_table_rule(line: str) -> bool:
-    """Is it the line below a table's head?"""
-    return all(RULE_CELL.fullmatch(cell.strip()) for cell in line.strip().removeprefix("|").removesuffix("|").split("|"))
+def safe_label(words: str) -> str:
+    """Return the words with all signs escaped."""
+    return re.sub(r"([\\`*_\[\]($>=|~!])", r"\\\1", words).replace("<", "&lt;")
 
 
-def hard_breaks(text: str) -> str:
-    """Keep single line ends, which Markdown would fold into one line, by two spaces before them."""
-    lines, fence, in_table = text.split("\n"), "", False
-    for n, line in enumerate(lines[:-1]):
-        before, fence = fence, next_fence(fence, line)
-        in_table = "|" in line and (in_table or is_table_rule(lines[n + 1]))
-        if not (before or fence or in_table) and line.strip() and lines[n + 1].strip():
-            lines[n] = line.rstrip() + "  "
-    return "\n".join(lines)
+def resolved(text: str) -> str:
+    """Return the text with the targets in its links that are defined on lines of their own."""
+    lines = read(text) if "]:" in text else []
+    definitions = [LEAF.match(text, line.at, line.end) for line in lines if line.kind == "definition"]
+    urls = {definition["name"].lower(): definition["url"] for definition in reversed(definitions)}
+    changes, used = [], set()
+    for link in REFERENCE.finditer(without_code(text)) if urls else ():
+        name = (link["name"] or link["label"]).lower()
+        if name in urls:
+            used.add(name)
+            changes.append((*link.span(), f"{link['image']}[{text[slice(*link.span('label'))]}]({urls[name]})"))
+    changes += [(*definition.span(), "") for definition in definitions if definition["name"].lower() in used]
+    return changed(text, sorted(changes))
+
+
+# -- cutting -----------------------------------------------------------------------------------------------------------
+
+
+def rich_pieces(text: str) -> Iterator[str]:
+    """Yield Kiro's Markdown in pieces that are rich messages of allowed size once they are made safe."""
+    def safe_size(words: str) -> int:
+        return len(SIGN.sub(safe_sign, words))
+
+    return split_text(resolved(text), RICH_LIMIT, safe_size, RICH_SHORT, RICH_BLOCKS)
+
+
+def split_text(text: str, limit: int, size: Callable[[str], int] = len, short: int = 0,
+               cost: float = math.inf) -> Iterator[str]:
+    """Yield the text in pieces of at most `limit` by `size` and of at most that `cost`, and of at most `short` where there are
+    blank lines: cut between paragraphs, else blocks, else lines, else words."""
+    room, opening = limit - min(limit // 2, 2 * OPENING_AT_MOST), ""
+    lines = list(short_lines(text, max(room // 10, 1)))
+    sizes = {line.start: size(text[line.start:line.end]) + 3 for line in lines}      # two may be added, and a newline
+
+    def measured(run: list[Line], most: int) -> float:
+        """Return how much of `most` is needed for these lines."""
+        return max(sum(sizes[line.start] for line in run), sum(line.cost for line in run) * most / cost)
+
+    def packed(lines: list[Line], rank: int, most: int) -> Iterator[list[Line]]:
+        """Yield lines in runs, cut before those of that rank or a better one; before others what is too large even so."""
+        run, used = [], 0
+        cuts = [n for n, line in enumerate(lines) if line.rank >= rank and n]
+        for start, end in zip([0, *cuts], [*cuts, len(lines)]):
+            unit = lines[start:end]
+            if run and used + measured(unit, most) > most:
+                yield run
+                run, used = [], 0
+            if rank and measured(unit, room) > room:
+                *whole, unit = packed(unit, rank - 1, room)
+                yield from whole
+            run += unit
+            used += measured(unit, most)
+        yield run
+
+    for run in packed(lines, 4, short or room):
+        first, last = run[0], run[-1]
+        piece = text[first.start:last.end]
+        if first.number:
+            piece = NUMBER.sub(str(first.number), piece, 1)
+        if piece.strip():
+            yield f"{opening}{piece}\n{last.closing}".strip("\n")
+        opening = last.opening if len(last.opening) <= OPENING_AT_MOST else last.closing and last.closing + "\n"
+
+
+def short_lines(text: str, width: int) -> Iterator[Line]:
+    """Yield the lines of a text, those that are too long in several, cut at spaces."""
+    for line in read(text):
+        while line.end - line.start > width:
+            cut = text.rfind(" ", line.start + width // 2, line.start + width) + 1 or line.start + width
+            yield line._replace(end=cut)
+            line = line._replace(start=cut, at=cut, rank=0, cost=0, number=0)
+        yield line
 
 
 # ======================================================================================================================
 # Running: start, stop, the console, the check
 # ======================================================================================================================
 
-START_SECONDS = 5 * 60          # how long to wait for Telegram at the start
+TELEGRAM_SECONDS = 5 * 60       # how long to wait for Telegram at the start
 PURGE_SECONDS = 6 * 3600
 HEARTBEAT_SECONDS = 0.5         # between two signs of life of the main thread
 FROZEN_SECONDS = 2              # of processor time without one: something holds the interpreter's lock, and stops everybody
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGHUP]
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:      # nohup
+    STOP_SIGNALS.remove(signal.SIGHUP)
 CHECK_SECONDS = 3
 VERSION_SECONDS = 10
 CONSOLE_USER = CONSOLE_THREAD = 0
@@ -4141,14 +4605,15 @@ def kiro_version(settings: Settings) -> str:
         raise StartError(f"KIRO_COMMAND: {settings.kiro_command[0]} is not found; install Kiro CLI or name it by its path")
     if "kiro-cli" not in os.path.basename(program):
         return " ".join(settings.kiro_command)
+    mark = f"version.{os.getpid()}"
     try:
         process = subprocess.Popen([program, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.STDOUT, start_new_session=True, env=child_environment(settings, "version"))
+                                   stderr=subprocess.STDOUT, start_new_session=True, env=child_environment(settings, mark))
         said, _ = process.communicate(timeout=VERSION_SECONDS)
     except OSError as error:
         raise StartError(f"KIRO_COMMAND: {program} can't be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_processes(lambda: running(lambda pid: belongs(pid, mark, process.pid)), TERM_SECONDS)
         raise StartError(f"KIRO_COMMAND: {program} --version does not answer; try it in a terminal") from error
     return f"{said.strip() or 'of unknown version'} ({program})"
 
@@ -4195,7 +4660,7 @@ def serve(settings: Settings) -> int:
         bot = Bot(settings, store)
         os.set_blocking(bot.bell_handle, False)
         signal.set_wakeup_fd(bot.bell_handle)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, lambda *_: None)     # the bell rings
         threading.Thread(target=run, args=(bot,), name="poll", daemon=True).start()
         faulthandler.register(signal.SIGPROF, chain=True)      # says where it hung, then the signal's default: the end
@@ -4234,7 +4699,7 @@ def announce(bot: Bot) -> None:
     except StartError as error:      # it may be installed while the bot runs
         log.error("%s", error)
     log.info("pyTelegramBotAPI: %s", telebot_version)
-    me = get_me(bot.telegram, START_SECONDS)
+    me = get_me(bot.telegram, TELEGRAM_SECONDS)
     log.info("Bot: @%s, %s", me.get("username"), describe_topics(me))
     log.info("Allowed: %s", describe_allowed(settings))
     log.info("Folder: %s", settings.workspaces)
@@ -4347,9 +4812,7 @@ class Console:
     def _handle(self, line: str) -> None:
         """Do as `Commands.route` does, but print, and return only when the answer is there."""
         self._count += 1
-        message = types.Message.de_json({
-            "message_id": self._count, "date": 0, "text": line, "chat": {"id": CONSOLE_USER, "type": "private"}})
-        incoming = Incoming(self._count, message)
+        incoming = Incoming(self._count, {"message_id": self._count, "text": line, "chat": {"id": CONSOLE_USER}})
         if incoming.command in ("start", "help"):
             print(HELP)
         elif incoming.command == "status":
@@ -4398,7 +4861,8 @@ class ConsoleStore(SessionStore):
     def __init__(self, path: str) -> None:
         super().__init__(":memory:")
         self._sessions = SessionStore(path)
-        for name in ("get_session", "upsert_session", "set_model", "get_model", "delete_session", "get_facts", "set_facts"):
+        for name in ("get_session", "upsert_session", "set_model", "get_model", "delete_session", "get_facts", "set_facts",
+                     "get_note", "set_note", "chosen_model", "unset_model"):
             setattr(self, name, getattr(self._sessions, name))
 
     def close(self) -> None:
@@ -4414,7 +4878,8 @@ def console(settings: Settings) -> int:
     store = open_store(settings.folder / DATABASE, ConsoleStore)
     with store:
         bot = Bot(settings, store)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: sys.exit(0))
         try:
             Console(bot).run()
         finally:
@@ -4426,7 +4891,8 @@ def console(settings: Settings) -> int:
 
 def check(settings: Settings) -> int:
     """Try everything once and print what was found; return 0 when all is well, else 1."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: nothing is left behind
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)     # as Ctrl-C: nothing is left behind
     closing = threading.Event()
     telegram = Telegram(settings, closing)
     steps = [("Folder", lambda: check_folder(settings)), ("Database", lambda: check_database(settings)),
@@ -4488,9 +4954,10 @@ def check_locks(settings: Settings) -> str:
     with open_store(path) as store:
         for session_id in store.session_ids():
             pid = lock_pid(session_id)
-            if pid is not None and not (is_running(pid) and holds_lock(pid, session_id, settings)):
+            if pid is not None and not runs_as_kiro(pid, settings):
                 stale.append(f"{session_id} (process {pid})")
-    return f"stale, removed at the next message: {', '.join(stale)}" if stale else "none stale"
+        fate = "removed at the next message" if store.get_note(LOCKS_BY_PID) else "unless of processes that can't be seen here"
+    return f"stale, {fate}: {', '.join(stale)}" if stale else "none stale"
 
 
 # -- main --------------------------------------------------------------------------------------------------------------
@@ -4505,11 +4972,12 @@ def main(arguments: list[str]) -> int:
     modes.add_argument("--check", action="store_true", help="try everything once, say what was found, exit 0 or 1")
     modes.add_argument("--console", action="store_true", help="talk to Kiro in this terminal, without Telegram")
     options = parser.parse_args(arguments)
-    os.umask(0o077)
+    umask = os.umask(0o077)
     folder = Path.cwd()
     try:
-        settings = load_settings(folder, need_token=not options.console)
+        settings = load_settings(folder, need_token=not options.console)._replace(umask=umask)
         set_up_logging(settings)
+        warn_of_misspelt(folder / ".env")
         return check(settings) if options.check else console(settings) if options.console else serve(settings)
     except (SettingsError, StartError) as error:
         print(f"bot.py: {error}", file=sys.stderr)
@@ -4521,27 +4989,33 @@ def load_settings(folder: Path, need_token: bool) -> Settings:
 
     Raises SettingsError.
     """
-    try:
-        if (folder / ".env").exists():
-            check_syntax(folder / ".env")
-        load_dotenv(folder / ".env")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f".env can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
-    settings = read_settings(dict(os.environ), folder, need_token)
+    in_file = env_file(folder / ".env")
+    settings = read_settings({**in_file, **os.environ}, folder, need_token)
+    os.environ.update({name: value for name, value in in_file.items() if name not in os.environ | DEFAULTS})
     os.environ.pop("BOT_TOKEN", None)
     return settings
 
 
-def check_syntax(path: Path) -> None:
-    """Make sure that dotenv understands each line, where it would only warn.
+def env_file(path: Path) -> dict[str, str]:
+    """Return what `.env` says, nothing when it is missing.  Raises SettingsError, also where dotenv would only warn."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for binding in parse_stream(file):
+                if binding.error:
+                    name = binding.original.string.strip().partition("=")[0]
+                    raise SettingsError(f".env, line {binding.original.line}: {name} can't be read (is a quote missing?)")
+        return {name: value for name, value in dotenv_values(path).items() if value is not None}
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
 
-    Raises SettingsError, OSError, UnicodeDecodeError.
-    """
-    with open(path, encoding="utf-8") as file:
-        for binding in parse_stream(file):
-            if binding.error:
-                name = binding.original.string.strip().partition("=")[0]
-                raise SettingsError(f".env, line {binding.original.line}: {name} can't be read (is a quote missing?)")
+
+def warn_of_misspelt(path: Path) -> None:
+    """Name what looks like a setting in `.env` and is none."""
+    for name in env_file(path).keys() - DEFAULTS:
+        for meant in difflib.get_close_matches(name, DEFAULTS, 1, ALIKE):
+            log.warning(".env: %s is no setting; is %s meant?", name, meant)
 
 
 def start(arguments: list[str]) -> None:

@@ -24,12 +24,15 @@ Glossary: *user* is a Telegram user id, *thread* a Telegram message_thread_id (0
 that this module does not look into, *position* a part's place in its answer.
 """
 
+import logging
 import os
 import sqlite3
 import threading
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Iterable, Iterator, NamedTuple, Optional
+
+log = logging.getLogger("sessions")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -45,7 +48,12 @@ CREATE TABLE IF NOT EXISTS sessions (
 CREATE TABLE IF NOT EXISTS session_facts (
     session_id TEXT PRIMARY KEY,
     ended      INTEGER NOT NULL DEFAULT 0,   -- a turn of it has ended, so that it has a history to lose
-    taught     INTEGER NOT NULL DEFAULT 0    -- it knows the tags that this bot understands
+    taught     INTEGER NOT NULL DEFAULT 0,   -- it knows the tags that this bot understands
+    in_sight   INTEGER NOT NULL DEFAULT 0    -- Kiro's file of it was in sight when its last turn ended
+);
+CREATE TABLE IF NOT EXISTS notes (
+    name  TEXT PRIMARY KEY,
+    value TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS chosen_models (        -- threads for which somebody chose a model, maybe 'auto'
     user_id   INTEGER NOT NULL,
@@ -79,6 +87,8 @@ CREATE TABLE IF NOT EXISTS parts (
     PRIMARY KEY (turn_id, position)
 );
 """
+HAS_IN_SIGHT = "SELECT 1 FROM pragma_table_info('session_facts') WHERE name = 'in_sight'"
+ADD_IN_SIGHT = "ALTER TABLE session_facts ADD COLUMN in_sight INTEGER NOT NULL DEFAULT 0"
 GET_SESSION = "SELECT user_id, thread_id, session_id, workspace_path, model FROM sessions WHERE user_id = ? AND thread_id = ?"
 UPSERT_SESSION = """
 INSERT INTO sessions (user_id, thread_id, session_id, workspace_path, model, created_at, updated_at)
@@ -97,9 +107,13 @@ DELETE_SESSION = "DELETE FROM sessions WHERE user_id = ? AND thread_id = ?"
 COUNT_SESSIONS = "SELECT count(*) FROM sessions"
 SESSION_IDS = "SELECT session_id FROM sessions"
 
-GET_FACTS = "SELECT ended, taught FROM session_facts WHERE session_id = ?"
-SET_FACTS = "INSERT OR REPLACE INTO session_facts (session_id, ended, taught) VALUES (?, ?, ?)"
+NEW_FACTS = "INSERT OR IGNORE INTO session_facts (session_id) VALUES (?)"
+GET_FACTS = "SELECT ended, taught, in_sight FROM session_facts WHERE session_id = ?"
+SET_FACTS = "INSERT OR REPLACE INTO session_facts (session_id, ended, taught, in_sight) VALUES (?, ?, ?, ?)"
 PURGE_FACTS = "DELETE FROM session_facts WHERE session_id NOT IN (SELECT session_id FROM sessions)"
+
+GET_NOTE = "SELECT value FROM notes WHERE name = ?"
+SET_NOTE = "INSERT INTO notes VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value WHERE value != excluded.value"
 
 RECEIVE = """
 INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)
@@ -108,7 +122,8 @@ RECEIVE_OWN = """
 INSERT INTO inbox (update_id, user_id, thread_id, message_id, body, state, changed_at)
 SELECT min(0, coalesce(min(update_id), 0)) - 1, ?, ?, 0, ?, ?, ? FROM inbox
 """
-EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ? AND state IN ('waiting', 'offered')"
+EDIT = "UPDATE inbox SET body = ? WHERE user_id = ? AND message_id = ?"
+FIND_MESSAGE = "SELECT body, state FROM inbox WHERE user_id = ? AND message_id = ?"
 MESSAGES = "SELECT update_id, user_id, thread_id, message_id, body FROM inbox"
 BY_ID = MESSAGES + " WHERE id = ?"
 TOLD = MESSAGES + " WHERE state = 'told' ORDER BY id"
@@ -158,6 +173,13 @@ class SessionRecord(NamedTuple):
     model: str = "auto"
 
 
+class SessionFacts(NamedTuple):
+    """What is known of a session."""
+    ended: bool               # a turn of it has ended, so that it has a history to lose
+    taught: bool              # Kiro knows the bot's tags in it
+    in_sight: bool            # Kiro's file of it was in sight when its last turn ended
+
+
 class InboxMessage(NamedTuple):
     """A message as the journal has it."""
     update_id: int            # Telegram's
@@ -187,13 +209,22 @@ class SessionStore:
 
     def __init__(self, db_path: str) -> None:
         self._lock = threading.Lock()   # held for one transaction
-        if db_path != ":memory:":
-            _make_private(db_path)
+        self._path = db_path
+        self._open()
+
+    def _open(self) -> None:
+        """Connect to the file, and make what is missing."""
+        if self._path != ":memory:":
+            _make_private(self._path)
+        self._inode = -1                # until it is open
         try:
-            self._connection = sqlite3.connect(db_path, timeout=BUSY_SECONDS, check_same_thread=False)
+            self._connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, check_same_thread=False)
             self._connection.executescript(SCHEMA)
+            if not self._connection.execute(HAS_IN_SIGHT).fetchone():       # a file of an earlier version
+                self._connection.execute(ADD_IN_SIGHT)
             for query in (GET_SESSION + " LIMIT 0", "SELECT update_id, state, turn_id FROM inbox LIMIT 0"):
                 self._connection.execute(query, (0, 0)[:query.count("?")])      # somebody else's tables are refused here
+            self._inode = _inode(self._path)
         except sqlite3.Error as error:
             raise StoreError(str(error)) from error
 
@@ -206,6 +237,8 @@ class SessionStore:
     def close(self) -> None:
         """Close the file, unless somebody is waiting for it.  Later calls raise StoreError."""
         if self._lock.acquire(timeout=CLOSE_SECONDS):
+            self._path = ":memory:"     # so that it is not opened again
+            self._inode = None
             self._connection.close()
             self._lock.release()
 
@@ -213,6 +246,10 @@ class SessionStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """The one place that touches the connection: all of the block is committed, or none."""
         with self._lock:
+            if _inode(self._path) != self._inode:
+                log.warning("The database %s was replaced or deleted: opening it anew", self._path)
+                self._connection.close()
+                self._open()
             try:
                 with self._connection:
                     yield self._connection
@@ -236,6 +273,7 @@ class SessionStore:
             db.execute(UPSERT_SESSION, row)
             if not keep_model:
                 db.execute(UNCHOOSE, (user_id, thread_id))
+            db.execute(NEW_FACTS, (session_id,))
 
     def set_model(self, user_id: int, thread_id: int, model: str) -> None:
         """Choose the thread's model; nothing happens without a row."""
@@ -275,23 +313,34 @@ class SessionStore:
         with self._transaction() as db:
             return [session_id for session_id, in db.execute(SESSION_IDS)]
 
-    def get_facts(self, session_id: str) -> tuple[bool, bool]:
-        """Return (ended, taught): has a turn of this session ended, does Kiro know the bot's tags in it."""
+    def get_facts(self, session_id: str) -> SessionFacts:
+        """Return what is known of a session; one that an earlier version made may well have a history."""
         with self._transaction() as db:
             row = db.execute(GET_FACTS, (session_id,)).fetchone()
-        return (bool(row[0]), bool(row[1])) if row else (False, False)
+        return SessionFacts(*map(bool, row)) if row else SessionFacts(ended=True, taught=False, in_sight=False)
 
-    def set_facts(self, session_id: str, ended: bool, taught: bool) -> None:
-        """Remember both facts of `get_facts`."""
+    def set_facts(self, session_id: str, ended: bool, taught: bool, in_sight: bool = False) -> None:
+        """Remember the facts of `get_facts`."""
         with self._transaction() as db:
-            db.execute(SET_FACTS, (session_id, ended, taught))
+            db.execute(SET_FACTS, (session_id, ended, taught, in_sight))
+
+    def get_note(self, name: str) -> str:
+        """Return what was noted under this name, or nothing."""
+        with self._transaction() as db:
+            row = db.execute(GET_NOTE, (name,)).fetchone()
+        return row[0] if row else ""
+
+    def set_note(self, name: str, value: str) -> None:
+        """Note something that the bot has found out."""
+        with self._transaction() as db:
+            db.execute(SET_NOTE, (name, value))
 
     # -- inbox ---------------------------------------------------------------------------------------------------------
 
     def receive(self, messages: Iterable[InboxMessage], edits: Iterable[InboxMessage] = ()) -> set[int]:
         """Journal a batch in one transaction; return the update_ids that were not known before.
 
-        An edit replaces the body of its message while that waits; a later one changes nothing here.
+        An edit replaces the body of its message, whether that still waits or not.
         """
         new, now = set(), utc_now()
         with self._transaction() as db:
@@ -320,6 +369,11 @@ class SessionStore:
         """Return how many messages that Telegram did not send wait in a topic."""
         with self._transaction() as db:
             return db.execute(COUNT_TOLD, (user_id, thread_id)).fetchone()[0]
+
+    def find_message(self, user_id: int, message_id: int) -> tuple[str, str]:
+        """Return (body, state) of a message, two empty strings when it is not known."""
+        with self._transaction() as db:
+            return db.execute(FIND_MESSAGE, (user_id, message_id)).fetchone() or ("", "")
 
     def waiting(self) -> list[InboxMessage]:
         """Return the messages that no turn has begun, in order of arrival."""
@@ -407,6 +461,14 @@ class SessionStore:
 def _set_parts(db: sqlite3.Connection, turn_id: int, bodies: Iterable[str]) -> None:
     db.execute(DELETE_PARTS, (turn_id,))
     db.executemany(ADD_PART, [(turn_id, position, body) for position, body in enumerate(bodies)])
+
+
+def _inode(path: str) -> Optional[int]:
+    """Return what tells a file from another that takes its place, None for none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
 
 
 def _make_private(path: str) -> None:

@@ -114,6 +114,7 @@ class Habits:
         unknown_session    "error" (default), "exit", "hang" or "accept" at session/load
         replay             "before" (default) or "after" the response to session/load
         image   false: not in promptCapabilities     load_session   false
+        lock_pid           a number that locks name instead of the process's own      auth_methods   a list of objects
         dialect            "models" (default), "config", "grouped", "both" or "none": how models are told
         models             a list of ids
         forget_model       true: session/load reports `auto`      agent_not_found   true: says so
@@ -190,8 +191,9 @@ def sessions_folder():
 class Session:
     """One conversation on disk: ID.json (its settings), ID.jsonl (its ended turns), ID.lock (who has it)."""
 
-    def __init__(self, folder, session_id):
+    def __init__(self, folder, session_id, pid):
         self.id = session_id
+        self.pid = pid  # what its lock names
         self.base = os.path.join(folder, session_id)
         self.settings = {}
         self.turn = None  # the running one
@@ -229,11 +231,11 @@ class Session:
             lock = os.open(self.base + ".lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             holder = self.lock_holder()
-            if holder != os.getpid():
+            if holder != self.pid:
                 raise internal_error("Failed to start session: "
                                      f"Session is active in another process (PID {holder})") from None
             return
-        os.write(lock, json.dumps({"pid": os.getpid(), "started_at": now()}).encode())
+        os.write(lock, json.dumps({"pid": self.pid, "started_at": now()}).encode())
         os.close(lock)
 
     def lock_holder(self):
@@ -477,13 +479,13 @@ class Agent:
                 "sessionCapabilities": {},
                 "auth": {},
             },
-            "authMethods": [],
+            "authMethods": self.habits.get("auth_methods", []),
             "agentInfo": {"name": "Kiro CLI Agent", "title": "Stand-in for the Kiro CLI Agent", "version": "2.19.0"},
         })
 
     def session_new(self, request_id, params):
         cwd = self.checked_cwd(params)
-        session = Session(self.folder, new_id())
+        session = Session(self.folder, new_id(), self.habits.get("lock_pid", os.getpid()))
         self.hold(session)
         session.create(cwd)
         self.notify("_kiro.dev/subagent/list_update", subagents=[], pendingStages=[])
@@ -493,7 +495,7 @@ class Agent:
     def session_load(self, request_id, params):
         if not self.habits.get("load_session", True):
             raise Refusal(-32601, "Method not found", "session/load")
-        session = Session(self.folder, field(params, "sessionId", str))
+        session = Session(self.folder, field(params, "sessionId", str), self.habits.get("lock_pid", os.getpid()))
         cwd = self.checked_cwd(params)
         if not session.has_turns() and not self.make_up(session, cwd):
             return
@@ -663,6 +665,13 @@ JUNK = [
     b'{"jsonrpc":"2.0","method":"_kiro.dev/metadata","params":null}',
     b'{"jsonrpc":"2.0","method":"_kiro.dev/no/such/notification","params":{"x":1}}',
     b'{"jsonrpc":"2.0","method":17,"params":{}}',
+    b'{"jsonrpc":"2.0","method":["session/update"],"params":{},"id":[1]}',
+    b'{"jsonrpc":"2.0","result":{"agentCapabilities":{}},"id":true}',
+    b'{"jsonrpc":"2.0","result":[],"id":[1]}',
+    b'{"jsonrpc":"2.0","result":{},"id":{"a":1}}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":["agent_message_chunk"]}}}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":{"update":{"sessionUpdate":{"a":1}}}}',
+    b'{"jsonrpc":"2.0","method":"session/update","params":{"update":["agent_message_chunk"]}}',
 ]
 
 DEMO = """\
@@ -907,6 +916,12 @@ class Turn:
                          "status": status or "completed", "rawOutput": output})
         self.tool = None
 
+    def do_plan(self, entries):
+        """`!plan [x] DONE, [>] NOW, [ ] TO DO`: a plan, as ACP has it."""
+        statuses = {"x": "completed", ">": "in_progress", " ": "pending"}
+        self.update({"sessionUpdate": "plan", "entries": [
+            {"content": entry[4:], "priority": "medium", "status": statuses[entry[1]]} for entry in entries.split(", ")]})
+
     def do_ask(self, title):
         """`!ask [TITLE]`: ask permission for the running tool, or for the command TITLE; say the outcome."""
         if title or not self.tool:
@@ -1000,8 +1015,8 @@ class Turn:
     # -- directives: how a turn ends
 
     def do_stop_reason(self, reason):
-        """`!stop_reason REASON`: end with this stop reason."""
-        raise TurnOver(reason)
+        """`!stop_reason REASON`: end with this stop reason, a list or object if it looks like one."""
+        raise TurnOver(json.loads(reason) if reason[0] in "[{" else reason)
 
     def do_error(self, code_and_text):
         """`!error CODE TEXT`: the prompt fails, with the text in `data`."""
@@ -1032,7 +1047,7 @@ class Turn:
     def do_exit(self, code_and_text):
         """`!exit CODE [TEXT]`: the process exits, with TEXT on stderr, and leaves its lock behind."""
         code, _, text = code_and_text.partition(" ")
-        os.write(2, text.encode() + b"\n")
+        os.write(2, text.replace("\\n", "\n").encode() + b"\n")
         self.agent.leave(int(code), clean=False)
 
     def do_kill(self, _):
@@ -1046,7 +1061,9 @@ class Turn:
                        {"sessionUpdate": "agent_message_chunk", "content": None},
                        {"sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": None}},
                        {"sessionUpdate": "agent_message_chunk", "content": {"type": "image"}},
-                       {"sessionUpdate": "tool_call"}, {"sessionUpdate": "no_such_update", "content": []}):
+                       {"sessionUpdate": "tool_call"},
+                       {"sessionUpdate": "tool_call", "toolCallId": [1], "title": {}, "kind": [], "status": ["failed"]},
+                       {"sessionUpdate": "no_such_update", "content": []}):
             self.agent.update(self.session.id, update)
 
     def do_bigline(self, megabytes):
@@ -1188,6 +1205,7 @@ def utf16_length(text):
 CODE = re.compile(r"^[ >]*(`{3,}|~{3,})[^\n]*\n.*?(?:^[ >]*\1[`~]*[ ]*$|\Z)"
                   r"|(?<![`\\])(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\2(?!`)",
                   re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:\A|(?<=\n\n))(?: {4}.*\n?)+")
 LINK = re.compile(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^\s)>]*)")
 REFERENCE = re.compile(r"^ {0,3}\[[^\]^]+\]:\s*<?(\S+?)>?\s*$", re.MULTILINE)
 HREF = re.compile(r"<(?:a|img)\b[^>]*?(?:href|src)\s*=\s*[\"']?([^\"'\s>]*)", re.IGNORECASE)
@@ -1195,6 +1213,7 @@ GOOD_TARGET = re.compile(r"(?:https?://[^\s/?#:@]+\.[^\s/?#:@]+|tg://\w|mailto:[
 AUTOLINK = re.compile(r"<(?:https?://|mailto:|tg://)[^\s<>]+>", re.IGNORECASE)
 ODD_EMAIL = re.compile(r"\b\w[\w.+-]*:[\w.+-]+@[\w-]+\.\w")
 BLOCK_START = re.compile(r"\s*(?:[-*+]\s|\d+[.)]\s|#{1,6}\s|>|\[\^?\w+\]:|([-*_])(?:\s*\1){2,}\s*$|<|CODE)")
+ITEM = re.compile(r"[\s>]*(?:[-*+]|\d+[.)])\s")
 COMPLETE = re.compile(r"\s*(?:#|CODE|<|(?:[-*_=]\s*){3,}$)")
 UNDERLINE = re.compile(r"\s*(?:=+|-+)\s*")
 DELIMITER_ROW = re.compile(r"[\s>]*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
@@ -1206,7 +1225,8 @@ TAGS = {"a", "b", "br", "blockquote", "cite", "code", "del", "details", "em", "h
 
 def without_code(markdown):
     """The Markdown with code blocks, inline code and escaped characters taken out."""
-    return re.sub(r"\\[^\w\s]", "E", CODE.sub(lambda code: "CODE" if code[1] else "code", markdown))
+    markdown = INDENTED.sub("\nCODE\n", CODE.sub(lambda code: "CODE" if code[1] else "code", markdown))
+    return re.sub(r"\\[^\w\s]", "E", markdown)
 
 
 def cells(row):
@@ -1226,9 +1246,10 @@ def table_rows(lines):
 
 
 def blocks(lines):
-    """How many blocks Telegram would count: each paragraph, item, row, heading or piece of code is one."""
-    return sum(1 for before, line in zip([""] + lines, lines)
-               if line.strip() and (not before.strip() or BLOCK_START.match(line)))
+    """How many blocks Telegram would count: each paragraph, row, heading or piece of code is one, an item is two."""
+    rows = table_rows(lines)
+    return sum(1 + bool(ITEM.match(line)) for number, (before, line) in enumerate(zip([""] + lines, lines))
+               if line.strip() and (not before.strip() or number in rows or BLOCK_START.match(line)))
 
 
 def nesting(line):
@@ -1376,6 +1397,7 @@ class BotApi:
         self.acknowledged = 0  # every update below this id
         self.poll = None  # the newest getUpdates
         self.held = False  # no update is delivered
+        self.impatient = False  # getUpdates is answered at once
         self.closed = False
         self.last_id = 100  # of messages, topics and callback queries
         self.chats = {}  # chat id -> chat
@@ -1411,6 +1433,16 @@ class BotApi:
     def check_text(self, text, longest=4096, description="message is too long"):
         if utf16_length(text) > longest:
             raise bad_request(description)
+
+    def check_entities(self, text, entities):
+        units = text.encode("utf-16-le")
+        if len(entities) > 100:
+            raise bad_request("too many entities")
+        for entity in entities:
+            start, end = 2 * entity["offset"], 2 * (entity["offset"] + entity["length"])
+            if entity["type"] not in ("pre", "code") or not 0 <= start < end <= len(units):
+                raise bad_request("can't parse entities")
+            units[start:end].decode("utf-16-le")  # no half of a character
 
     def check_rich(self, rich):
         if len({"markdown", "html", "blocks"} & set(rich)) != 1:
@@ -1485,6 +1517,8 @@ class BotApi:
         return True
 
     def getUpdates(self, call):
+        if self.impatient:
+            call.params["timeout"] = 0
         offset, limit = call.params.get("offset", 0), call.params.get("limit", 100)
         wanted = set(call.params.get("allowed_updates", EXPECTED_UPDATES))
         if not EXPECTED_UPDATES <= set(call.params.get("allowed_updates", ())):
@@ -1522,6 +1556,7 @@ class BotApi:
         if not text.strip():
             raise bad_request("message text is empty")
         self.check_text(text)
+        self.check_entities(text, call.params.get("entities") or [])
         return self.send(call.params, text=text)
 
     def sendMessageDraft(self, call):
@@ -1930,7 +1965,7 @@ class Telegram(BotApi):
             if reply_to is not None:
                 message["reply_to_message"] = self.plain_message(reply_to)
             if quote is not None:
-                message["quote"] = {"text": quote, "position": 0, "is_manual": True}
+                message["quote"] = {"position": 0, "is_manual": True, **(quote if isinstance(quote, dict) else {"text": quote})}
             self.messages[chat["id"], message["message_id"]] = message
             self.positions[chat["id"], message["message_id"]] = len(self.calls)
             self.deliver(message=message)
@@ -1946,10 +1981,11 @@ class Telegram(BotApi):
             fields["entities"] = [{"type": "bot_command", "offset": 0, "length": len(text.split()[0])}]
         return self.post(user, thread, text=text, **fields)
 
-    def edit(self, message, text):
-        """Change the text (or the caption) of a message that somebody wrote."""
+    def edit(self, message, text=None, later=1):
+        """Change the text (or the caption) of a message so many seconds after it was written; without a text deliver the
+        update that comes for a reaction or a link preview."""
         part = "text" if "text" in message else "caption"
-        edited = {**message, part: text, "edit_date": int(time.time())}
+        edited = {**message, **({part: text} if text else {}), "edit_date": message["date"] + later}
         with self.changed:
             self.positions[message["chat"]["id"], message["message_id"]] = len(self.calls)
             self.deliver(edited_message=edited)
@@ -1966,12 +2002,15 @@ class Telegram(BotApi):
         with self.changed:
             return dict(self.messages[message["chat"]["id"], message["message_id"]])
 
-    def press(self, message, button=0, user=ALICE, data=None):
-        """Press a button, by its number or a part of its text; `data` is for a forged press. Returns the query."""
+    def press(self, message, button=0, user=ALICE, data=None, inline=False):
+        """Press a button, by its number or a part of its text; `data` is for a forged press, and `inline` for one of which
+        the message is not told. Returns the query."""
         if data is None:
             data = self.find_button(message, button)["callback_data"]
         query = {"id": f"query{self.next_id()}", "from": user, "message": self.current(message),
                  "chat_instance": "1", "data": data}
+        if inline:
+            query["inline_message_id"] = str(query.pop("message")["message_id"])
         with self.changed:
             self.queries.add(query["id"])
             self.positions[query["id"]] = len(self.calls)
@@ -2756,6 +2795,26 @@ def test_a_new_session_keeps_created_at_and_starts_at_auto(store, tmp_path):
     assert store.get_session(1, 2) == (1, 2, "newer", "/new", "claude")
 
 
+def test_a_session_of_an_earlier_version_may_have_a_history(tmp_path):
+    path = tmp_path / "tg-acp.db"
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.execute("CREATE TABLE session_facts (session_id TEXT PRIMARY KEY, ended INTEGER NOT NULL DEFAULT 0, "
+                    "taught INTEGER NOT NULL DEFAULT 0)")
+        old.execute("INSERT INTO session_facts VALUES ('known', 0, 1)")
+        old.commit()
+    for _ in range(2):
+        with SessionStore(str(path)) as store:
+            store.upsert_session(1, 7, "new", "/w")
+            assert store.get_facts("unknown") == (True, False, False) and store.get_facts("new") == (False, False, False)
+            assert store.get_facts("known") == (False, True, False)
+    with SessionStore(str(path)) as store:
+        store.set_facts("new", ended=True, taught=True, in_sight=True)
+        store.upsert_session(1, 7, "new", "/elsewhere")
+        assert store.get_facts("new") == (True, True, True)
+        store.set_note("a", "1"), store.set_note("a", "2")
+        assert (store.get_note("a"), store.get_note("b")) == ("2", "")
+
+
 def test_a_store_is_closed_at_the_end_of_its_block(tmp_path):
     with SessionStore(str(tmp_path / "db")) as store:
         store.upsert_session(1, 2, "s", "/w")
@@ -2782,9 +2841,9 @@ GOOD = {"BOT_TOKEN": TOKEN}
 
 @pytest.mark.parametrize("name, value", [
     ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"),
-    ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "-5"),
+    ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("ALLOWED_TELEGRAM_IDS", "-5"),
     ("KIRO_COMMAND", 'kiro "acp'),
-    ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"),
+    ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"), ("START_SECONDS", "0"), ("WORKSPACE_BASE_PATH", "~no.such.user/x"),
     ("WARM_SECONDS", "-1"), ("WARM_SECONDS", "nan"),
     ("TOOL_APPROVAL", "maybe"),
     ("SILENCE_SECONDS", "soon"), ("SILENCE_SECONDS", "0"),
@@ -2803,11 +2862,15 @@ def test_settings_have_their_defaults(tmp_path):
     assert (settings.allowed, settings.max_processes, settings.warm_seconds) == (frozenset(), 3, 300)
     assert (settings.ask_permission, settings.silence_seconds, settings.rich_messages) == (True, 600, True)
     assert (settings.log_level, settings.api_url) == ("INFO", "https://api.telegram.org")
-    assert settings.workspaces == tmp_path.resolve() / "workspaces"
+    assert settings.workspaces == tmp_path.resolve() / "workspaces" and settings.start_seconds == 60
+    assert read_settings({**GOOD, "ALLOWED_TELEGRAM_IDS": " 1001 1002,\t1003 "}, tmp_path).allowed == {1001, 1002, 1003}
 
 
 BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
-                ("WARM_SECONDS", "inf"), ("BOT_TOKEN", "123456:NotTheStandInsToken")]
+                ("WARM_SECONDS", "inf"), ("BOT_TOKEN", "123456:NotTheStandInsToken"),
+                ("WORKSPACE_BASE_PATH", "~no.such.user/x"),
+                ("HTTP_PROXY", "socks5://127.0.0.1:9"), ("ALL_PROXY", "http://me:secret@nowhere:port"),
+                ("TELEGRAM_API_URL", "http://127.0.0.1:99999")]
 
 
 def said_by(process):
@@ -2828,6 +2891,13 @@ def test_a_bad_setting_is_one_line_that_names_it(make_bot):
     for name, value, process in attempts:
         said = said_by(process)
         assert (process.returncode, len(said)) == (2, 1) and name in said[0], (name, value, said)
+        assert "secret" not in said[0]
+
+
+def test_a_setting_that_is_misspelt_is_named(telegram, make_bot):
+    bot = make_bot(ALLOWED_TELEGRAM_ID="1001", KIRO_API_KEY="x", TELEGRAM_API_ID="1").start()
+    warnings = [line for line in bot.log().splitlines() if "WARNING" in line]
+    assert len(warnings) == 1 and "ALLOWED_TELEGRAM_ID is no setting; is ALLOWED_TELEGRAM_IDS meant?" in warnings[0]
 
 
 def test_a_line_of_the_settings_that_cannot_be_read_is_told(make_bot):
@@ -2930,9 +3000,9 @@ def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, bot):
     bot.wait_prompt("!wait go")
     waiting = telegram.write("more", thread=7)
     status = ask(telegram, "/status")
-    for told in (session, "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "0.75 credits", "Running for", "1 waiting"):
+    for told in (session, "Model: auto", f"Folder: {bot.workspace(7)}", "42 %", "Credits: 0.75 in the last turn", "Waiting: more"):
         assert told in status
-    telegram.wait_for(DRAFT, containing="x", after=telegram.find(containing="1 waiting")[0])
+    telegram.wait_for(DRAFT, containing="x", after=telegram.find(containing="Waiting: more")[0])
     bot.open_gate("go")
     telegram.answer("echo: more", after=waiting)
     settle(bot)
@@ -3142,6 +3212,25 @@ def test_a_message_that_cannot_be_journaled_is_not_acknowledged(telegram, bot):
     telegram.wait_until(lambda: telegram.is_acknowledged(message))
 
 
+@bot_with(dict(TIME_SHOWN_AFTER=0, FRAME_SECONDS=0.05))
+def test_the_draft_and_status_say_where_the_turn_is(telegram, bot):
+    plan = "[x] Read, [>] Write the tests, [ ] Mend"
+    telegram.write(f"!tool read a.txt\n!tool_done\n!plan {plan}\n!tool execute Running: npm test\n!wait go\n!say ok", thread=7)
+    where = "🔧 Running: npm test · step 2 · 1/3 Write the tests · 0 s"
+    telegram.wait_for(DRAFT, containing=where, thread=7)
+    status = ask(telegram, "/status")
+    assert status.startswith(where[:-3]) and "\n☑ Read\n▸ Write the tests\n☐ Mend\nModel: " in status
+    bot.open_gate("go")
+    telegram.answer("ok", thread=7)
+    settle(bot)
+    assert "in the last turn, 0.0" in ask(telegram, "/status") and "/compact – Summarize" in ask(telegram, "/help")
+
+
+def test_times_and_lines_are_short(telegram):
+    assert [program.duration(s) for s in (0.4, 59.9, 95, 7500)] == ["0 s", "59 s", "1 m 35 s", "2 h 5 m"]
+    assert program.one_line(" a\n\u202eb " + "c" * 99, 11) == "a \\u202eb c…"
+
+
 def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, bot):
     telegram.write("!wait go", thread=7)
     bot.wait_prompt("!wait go")
@@ -3149,7 +3238,7 @@ def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, b
     messages = [telegram.write(text, thread=7) for text in texts]
     telegram.edit(messages[1], "TWO")
     telegram.wait_for("setMessageReaction")
-    assert "7 waiting" in ask(telegram, "/status")
+    assert "Waiting: TWO\nWaiting: three\nWaiting: /compact all of it\n" in ask(telegram, "/status")
     bot.open_gate("go")
     telegram.answer("echo: four")
     assert telegram.texts(7)[2:] == ["echo: one\n\nTWO\n\nthree", "The conversation was compacted.", "echo: /agent swap",
@@ -3266,11 +3355,13 @@ def test_a_long_plain_answer_arrives_whole_and_in_order(telegram, bot):
 CODE_LINES = [f"    call_{n}(x < {n}, '$a $b')  # || ==" + " " * (n % 3) for n in range(1500)]
 
 
-@pytest.mark.parametrize("rich", ["on", "off"])
-def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, make_bot, rich):
-    bot = make_bot(RICH_MESSAGES=rich).start()
-    parts = recite(telegram, bot, "**Before**\n\n```python\n" + "\n".join(CODE_LINES) + "\n```\n\nAfter $5 and $6.")
-    assert max(map(len, parts)) <= {"on": 32768, "off": 4096}[rich] and len(parts) > 1
+CODE_LINES = [f"    call_{n}(x < {n}, '$a $b')  # || ==" + " " * (n % 3) for n in range(1500)]
+LONG_CODE = "**Before**\n\n```python\n" + "\n".join(CODE_LINES) + "\n```\n\nAfter $5 and $6."
+
+
+def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, bot):
+    parts = recite(telegram, bot, LONG_CODE)
+    assert max(map(len, parts)) <= 32768 and len(parts) > 1
     code = []
     for part in parts:
         inside = re.search(r"^```python\n(.*?)\n```$", part, re.DOTALL | re.MULTILINE)
@@ -3279,6 +3370,176 @@ def test_a_code_block_is_closed_and_reopened_at_a_split(telegram, make_bot, rich
     assert code == CODE_LINES
     assert parts[0].startswith("**Before**") and parts[-1].endswith("6.")
     assert not telegram.garbled and not telegram.find(ok=False)
+
+
+def monospaced(call):
+    """The (type, text, language) of a message's entities."""
+    units = call.text.encode("utf-16-le")
+    return [(entity["type"], units[2 * entity["offset"]:2 * (entity["offset"] + entity["length"])].decode("utf-16-le"),
+             entity.get("language") or None) for entity in call.params.get("entities") or []]
+
+
+def test_the_plain_form_keeps_code_and_tables_monospaced(telegram, make_bot):
+    bot = make_bot(RICH_MESSAGES="off").start()
+    recite(telegram, bot, LONG_CODE)
+    calls = telegram.find("sendMessage")
+    code = [entity for call in calls for entity in monospaced(call)]
+    assert {(kind, language) for kind, _, language in code} == {("pre", "python")}
+    assert "\n".join(text for _, text, _ in code).split("\n") == CODE_LINES and "```" not in "".join(c.text for c in calls)
+    recite(telegram, bot, "😀 run `a` in **b**:\n\n> ```\n> c\n> ```\n\n| x | y |\n|---|---|\n| 1 | `2` |\n\n    d\n")
+    last = telegram.find("sendMessage")[-1]
+    assert last.text == "😀 run a in **b**:\n\n> c\n\n| x | y |\n|---|---|\n| 1 | `2` |\n\n    d"
+    assert monospaced(last) == [("code", "a", None), ("pre", "c", None), ("pre", "| x | y |\n|---|---|\n| 1 | `2` |", None),
+                                ("pre", "    d", None)]
+    recite(telegram, bot, "`a` " * 150)
+    assert len(monospaced(telegram.find("sendMessage")[-1])) == 100 and telegram.find("sendMessage")[-1].text.count("`") == 100
+    telegram.fault("sendMessage", status=400, description="Bad Request: can't parse entities")
+    assert recite(telegram, bot, "run `a`") == ["run `a`"]
+
+
+# What Kiro writes, and the rich message that it becomes.
+MARKDOWN = [
+    ("[![CI](https://img.shields.io/b.svg)](https://github.com/x/y)", "[CI](https://github.com/x/y)"),
+    ("see “https://example.com/a” and **b**", "see “[https://example.com/a](https://example.com/a)” and **b**"),
+    ("https://example.com/a… **b** and (https://example.com/b).",
+     "[https://example.com/a](https://example.com/a)… **b** and ([https://example.com/b](https://example.com/b))."),
+    ("请看https://example.com/文档。然后继续，再说。**b**", "请看[https://example.com/文档](https://example.com/文档)。然后继续，再说。**b**"),
+    ("https://example.com/a_b_**c**", "[https://example.com/a\\_b\\_](https://example.com/a_b_)**c**"),
+    ("_https://example.com/a_ ok!https://example.com",
+     "_[https://example.com/a](https://example.com/a)_ ok\\![https://example.com](https://example.com)"),
+    ("https://example.com/a)b **x**", "[https://example.com/a](https://example.com/a))b **x**"),
+    ("http://localhost:80/a <https://example.com/b>", "`http://localhost:80/a` [https://example.com/b](https://example.com/b)"),
+    ("[see https://example.com](https://example.com/x)", "[see https://example.com](https://example.com/x)"),
+    ("- press ` to open\n- run `echo $HOME`", "- press \\` to open\n- run `echo $HOME`"),
+    ("| Key | Use |\n|---|---|\n| ` | code |\n| `$x` | var |", "| Key | Use |\n|---|---|\n| \\` | code |\n| `$x` | var |"),
+    ("Example:\n\n    $ ls <b> [x](y)\n\nafter **b**", "Example:\n\n    $ ls <b> [x](y)\n\nafter **b**"),
+    ("- a\n\n      $ [x](y)\n\n  $ 1", "- a\n\n      $ [x](y)\n\n  \\$ 1"),
+    ("a\n    $ 1", "a  \n    \\$ 1"),
+    ("```markdown\n1. Step\n\n    ```sh\n    echo\n    ```\n```\n\nafter [x](rel.md) costs $5 and $6",
+     "```markdown\n1. Step\n\n    ```sh\n    echo\n    ```\n```\n\nafter x (`rel.md`) costs \\$5 and \\$6"),
+    ("> ```\n> code\nout [x](y.md) $5 and $6", "> ```\n> code\n> ```\nout x (`y.md`) \\$5 and \\$6"),
+    ("- ```\n  $x\nout $5", "- ```\n  $x\n  ```\nout \\$5"),
+    ("1. > ```\n   > $x\n   > ```\n   $5", "1. > ```\n   > $x\n   > ```\n   \\$5"),
+    ("```\n$x", "```\n$x\n```"),
+    ("Text? | A | B |\n|---|---|\n| 1 | 2 |", "Text? | A | B |  \n|---|---|  \n| 1 | 2 |"),
+    ("|| A | B |\n|---|---|---|\n| x || 2 |", "| | A | B |\n|---|---|---|\n| x | | 2 |"),
+    ("a | b\n--|--\n1 | $2", "a | b\n--|--\n1 | \\$2"),
+    ("Table:\n| a |\n|-|\n| b |\nc\n\nd\ne", "Table:\n| a |\n|-|\n| b |\nc\n\nd  \ne"),
+    ("|" + "a|" * 21 + "\n|" + "-|" * 21, "```\n|" + "a|" * 21 + "\n|" + "-|" * 21 + "\n```"),
+    ("> |" + "a|" * 21 + "\n> |" + "-|" * 21, "> ```\n> |" + "a|" * 21 + "\n> |" + "-|" * 21 + "\n> ```"),
+    ("Title\n=====\n\n# a $\n***\na\n---", "Title\n=====\n\n# a \\$\n***\na\n---"),
+    ("See the [docs][D] and [d].\n\n[d]: https://example.com/d\n[e]: x",
+     "See the [docs](https://example.com/d) and [d](https://example.com/d).\n\n\n\\[e]: x"),
+    ("`[d]` [d] [d][x]\n\n[d]: rel.md", "`[d]` d (`rel.md`) [d][x]\n\n"),
+    ("line one\\\nline two **b**\nthree", "line one  \nline two **b**  \nthree"),
+    ("Use the <br> tag, or Vec<T>. **b**<br>c", "Use the &lt;br> tag, or Vec&lt;T>. **b** c"),
+    ("f[a](b) and arr[0](x) **b**", "f\\[a]\\(b) and arr\\[0]\\(x) **b**"),
+    ("[wiki](https://en.wikipedia.org/wiki/C_(language))", "[wiki](https://en.wikipedia.org/wiki/C_(language))"),
+    ("[[1](https://e.com/1), [2](https://e.com/2)]", "[[1](https://e.com/1), [2](https://e.com/2)]"),
+    ('[a](https://e.com "t") [`x.py`](src/x.py#L1) [b]() ![c](d.png) ![e](https://e.com/f) [g](h i)',
+     "[a](https://e.com) `src/x.py#L1` b c (`d.png`) [e](https://e.com/f) [g]\\(h i)"),
+    ("`a $\n$ b` $ \\$ `` ` $ ``", "`a $\n$ b` \\$ \\$ `` ` $ ``"),
+    ("a\n2. b\n#c ==d== ||e||\n[x]: y z", "a  \n2\\. b  \n\\#c \\=\\=d\\=\\= \\|\\|e\\|\\|  \n\\[x]: y z"),
+]
+
+
+@pytest.mark.parametrize("source, sent", MARKDOWN)
+def test_what_kiro_writes_means_the_same_to_telegram(source, sent):
+    assert program.rich_safe(source) == sent
+    assert program.rich_safe(sent) == sent
+
+
+@pytest.mark.parametrize("text, is_rich", [
+    ("Title\n=====", True), ("a | b\n--|--\n1 | 2", True), ("See [d].\n\n[d]: https://example.com/d", True), ("- a", True),
+    ("[wiki](https://en.wikipedia.org/wiki/C_(language))", True), ("a `b`", True), ("a **b** c", True), ("_a b_", True),
+    ("请**看**", True), ("> a", True), ("a\n\n    b", True), ("```\na", True), ("~~a~~", True), ("***", True),
+    ("https://example.com/a_b_c", False), ("src/**/*.py and test/**/*.py", False), ("/usr/lib/_a_/x", False), ("*.py", False),
+    ("__init__.py", False), ("a * b * c", False), ("snake_case_name", False), ("a | b", False), ("`", False), ("1.5", False),
+    ("#1", False), ("$5 <a>", False), ("> " * 20 + "a", False), ("", False)])
+def test_what_is_markdown(text, is_rich):
+    assert program.has_markdown(text) == is_rich
+
+
+PHRASES = ["{}", "**{}**", "`{} $x`", "`` {} ` ``", "[{}](https://example.com/a_b)", "[{}](src/a.py)", "${}", "=={}==", "a||{}",
+           "<{}>", "{} https://example.com/{}.", "*{}*", "~~{}~~", "` {}", "#{}", "\\*{}", "[{}]", "snake_{}_case", "![{}](x)"]
+
+
+def random_document(chance, number, depth=0):
+    """Markdown in which each word occurs once; in code blocks the words begin with c."""
+    def phrase():
+        return chance.choice(PHRASES).replace("{}", f"w{next(number)}", 1).replace("{}", "x")
+
+    def words():
+        return "\n".join(" ".join(phrase() for _ in range(chance.randint(1, 6))) for _ in range(chance.randint(1, 3)))
+
+    def code():
+        return "\n".join(f"{' ' * chance.randint(0, 5)}c{next(number)} $x [a](b) `" for _ in range(chance.randint(1, 9)))
+
+    def row(columns):
+        return "| " + " | ".join(f"w{next(number)} `$`" for _ in range(columns)) + " |"
+
+    def inside(mark, text):
+        return mark + text.replace("\n", "\n" + (mark if ">" in mark else " " * len(mark)))
+
+    def block():
+        kind = chance.randint(0, 7 if depth < 2 else 4)
+        columns = chance.randint(1, 22)
+        return [words, lambda: f"# {phrase()}", lambda: f"```sh\n{code()}\n```",
+                lambda: f"# w{next(number)}\n\n    c{next(number)} $ `",
+                lambda: "\n".join([row(columns), "|" + "-|" * columns, *(row(columns) for _ in range(chance.randint(0, 5)))]),
+                lambda: inside("> ", random_document(chance, number, depth + 1)),
+                lambda: "\n".join(inside("- ", random_document(chance, number, depth + 1)) for _ in range(columns % 4 + 1)),
+                lambda: "\n\n".join(inside("1. ", words()) for _ in range(chance.randint(1, 9)))][kind]()
+
+    return "\n\n".join(block() for _ in range(chance.randint(1, 4)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_no_document_is_a_word_lost_or_code_changed(seed):
+    chance = random.Random(seed)
+    for _ in range(500):
+        text = random_document(chance, iter(range(10**6)))
+        wanted = re.findall(r"\b[wc]\d+", text)
+        safe = program.rich_safe(text)
+        assert program.rich_safe(safe) == safe and re.findall(r"\b[wc]\d+", safe) == wanted
+        assert set(re.findall(r"c\d+.*", text)) <= set(re.findall(r"c\d+.*", safe))
+        limit = chance.choice([900, 2000, 4096])
+        for pieces in (list(program.split_text(text, limit)), list(program.rich_pieces(text))):
+            assert list(dict.fromkeys(re.findall(r"\b[wc]\d+", "\n".join(pieces)))) == wanted  # a head may be repeated
+            for piece in pieces:
+                assert program.close_code(piece) == piece and len(program.rich_safe(piece)) <= 32768
+        assert all(len(piece) <= limit for piece in program.split_text(text, limit))
+
+
+def test_pieces_go_on_where_they_were_cut(telegram, bot):
+    assert recite(telegram, bot, "**a**\r\n\r\n```\r\n$x\r\n```\r\n\r\n$y") == ["**a**\n\n```\n$x\n```\n\n\\$y"]
+    table = "\n".join(["| a | b |", "|---|---|"] + [f"| {n} | {'x' * 90} |" for n in range(400)])
+    pieces = list(program.rich_pieces("Before.\n" + table + "\n\nAfter."))
+    assert pieces[0] == "Before." and all(piece.startswith("| a | b |\n|---|---|\n| ") for piece in pieces[1:-1])
+    assert len(list(program.rich_pieces("x\n\n" * 1000 + "\n".join(table.split("\n")[:200])))[-1]) > 18_000
+    numbered = list(program.rich_pieces("\n\n".join(f"1. {'word ' * 200}" for n in range(20))))
+    assert [piece.partition(".")[0] for piece in numbered] == ["1", "6", "11", "16"]
+    paragraphs = list(program.rich_pieces("\n\n".join("word " * 200 for _ in range(50))))
+    assert max(map(len, paragraphs)) <= 6000
+    items = "\n".join(f"- item **{n}**" for n in range(300))
+    assert "\n".join(recite(telegram, bot, items)) == items and not telegram.find("sendMessage")
+    assert not telegram.find(ok=False)
+
+
+def test_a_part_that_is_too_large_for_telegram_is_halved(telegram, bot):
+    text = "\n\n".join(f"paragraph **{n}**" + " word" * 30 for n in range(24))
+    telegram.fault("sendRichMessage", status=400, description="Bad Request: RICH_MESSAGE_BLOCKS_TOO_MANY", times=2)
+    parts = recite(telegram, bot, text)
+    assert 3 <= len(parts) <= 5 and "\n\n".join(parts) == text and not telegram.find("sendMessage")
+
+
+def test_of_a_very_long_answer_both_ends_are_shown_and_all_is_in_a_file(telegram, bot):
+    text = "\n".join(f"line {n} of an answer without end" for n in range(30_000)) + "\nthe end"
+    dictate(telegram, bot, text, 50_000)
+    telegram.answer("the end", thread=7)
+    [file] = telegram.find("sendDocument")
+    assert file.files["document"] == ("answer.md", text.encode()) and "messages are left out" in file.text
+    assert len(telegram.texts(7)) == 7 and telegram.texts(7)[0].startswith("line 0 ")
 
 
 RISKY = """\
@@ -3486,8 +3747,9 @@ def test_a_forwarded_command_is_a_text(telegram, bot):
 def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, bot):
     telegram.send_file("document", b"x", name="a.txt", caption="/compact this", thread=7)
     telegram.answer("echo: [Message:]\n/compact this\n[File: ", thread=7)
-    telegram.write("/new /clear everything", thread=7)
-    telegram.answer("echo: [Message:]\n/clear everything", thread=7)
+    text = "/new /clear everything"
+    telegram.post(thread=7, **with_entities(text, ("bot_command", "/new"), ("code", "everything")))
+    telegram.answer("\n/clear `everything`", thread=7)
 
 
 def test_what_each_process_tells_anew_is_said_once(telegram, bot):
@@ -3531,6 +3793,35 @@ def test_albums_and_split_texts_are_one_prompt(telegram, bot):
     assert len(bot.prompts()) == 2
 
 
+@bot_with(dict(REST_SECONDS=60))
+def test_what_one_action_sends_is_one_prompt(telegram, bot):
+    telegram.write("!say warm", thread=7)
+    telegram.answer("warm", thread=7)
+    bot.wait_wire("out", when=lambda entry: "loadSession" in json.dumps(entry["frame"]), count=2)
+    with telegram.batch_of_updates():
+        telegram.write("look at these", thread=7)
+        telegram.write("elsewhere", thread=8)
+        forwarded = telegram.write("/status", thread=7, forward_origin={"type": "user", "date": 1, "sender_user": BOB})
+    telegram.answer("echo: elsewhere", thread=8)
+    for name in ("one", "two"):
+        telegram.wait_until(lambda: telegram.is_acknowledged(forwarded))
+        forwarded = telegram.send_file("document", name=name, thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(forwarded))
+    assert len(bot.prompts()) == 2
+    telegram.write("what do you say?", thread=7)
+    answer = telegram.answer("look at these", thread=7).text
+    assert all(part in answer for part in ("[Forwarded from Bob]\n/status", "/one]", "/two]", "what do you say?"))
+    telegram.write("typed", thread=7)
+    telegram.answer("echo: typed", thread=7)
+    with telegram.batch_of_updates():
+        telegram.edit(telegram.write("slip", thread=7), "right")
+    telegram.answer("echo: right", thread=7)
+    with telegram.batch_of_updates():
+        telegram.write("before the command", thread=7)
+        telegram.write("/compact", thread=7)
+    telegram.answer("echo: before the command", thread=7)
+
+
 def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
     first = telegram.write("first", thread=7)
     answer = telegram.answer("echo: first", thread=7)
@@ -3568,7 +3859,7 @@ def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(teleg
     telegram.edit(running, "!wait another")
     telegram.answer("Your edit came too late", thread=7)
     telegram.write("/status", thread=7)
-    telegram.answer("2 waiting", thread=7)
+    telegram.answer("Waiting: right caption", thread=7)
     bot.kill()
     bot.start()
     prompt = bot.wait_prompt("right caption")["frame"]["params"]["prompt"][0]["text"]
@@ -3576,12 +3867,39 @@ def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(teleg
     assert not any("wrong" in prompt for prompt in bot.prompts())
 
 
+def test_an_edit_counts_when_words_have_changed(telegram, bot):
+    stop = telegram.write("/stop", thread=7)
+    telegram.answer("Nothing is running", thread=7)
+    slip, old_slip = telegram.write("!say stpo", thread=7), telegram.write("!say old", thread=7)
+    answered = telegram.answer("old", thread=7)
+    settle(bot)
+    bot.restart()
+    telegram.write("!wait gate\n!say undisturbed", thread=7)
+    bot.wait_prompt("undisturbed")
+    telegram.edit(stop)
+    telegram.edit(stop, "/stop", later=60)
+    telegram.edit(old_slip, "/stop", later=121)
+    telegram.edit(old_slip)
+    first = telegram.edit(slip, "!say twice", later=3600)
+    telegram.answer("Your edit came too late", thread=7)
+    telegram.edit(first)
+    place = telegram.post(thread=8, location={"latitude": 1, "longitude": 2, "live_period": 60})
+    telegram.answer("location", thread=8)
+    telegram.edit({**place, "location": {"latitude": 1.1, "longitude": 2, "live_period": 60}})
+    bot.open_gate("gate")
+    telegram.answer("undisturbed", thread=7)
+    assert times_said(telegram, "came too late") == 1
+    telegram.write("!silence", thread=7)
+    bot.wait_prompt("!silence")
+    telegram.edit(first, "/stop", later=110)
+    telegram.answer("Stopped", thread=7)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The tests: Kiro's faults
 # ---------------------------------------------------------------------------------------------------------
 
-SOON_STARTED = dict(INITIALIZE_SECONDS=0.7, SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5,
-                    LEFTOVER_SECONDS=0.2)
+SOON_STARTED = dict(SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5)
 SOON_ENDED = dict(STOP_SECONDS=1, END_SECONDS=1, TERM_SECONDS=0.5, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
@@ -3665,6 +3983,119 @@ def started_agent(bot, thread):
     return agent
 
 
+class Child(program.Process):
+    """A shell whose lines are kept."""
+
+    def __init__(self, script):
+        self.lines = []
+        mark = f"test.{os.getpid()}.{random.random()}"
+        super().__init__(mark, ["sh", "-c", script], env={**os.environ, program.PROCESS_MARK: mark})
+
+    def _take(self, line):
+        self.lines.append(bytes(line))
+        if line == b"choke":
+            raise ValueError("a line like no other")
+
+    def _part(self):
+        self.lines.append("the end")
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_process_is_heard_to_its_last_word_and_nothing_of_it_stays():
+    before = open_files()
+    child = Child("cat; echo one >&2; printf 'three\nfour'; setsid sleep 60 & exec sleep 0.1")
+    child.send(b"one\ntw")
+    child.send(b"o\n" + 3_000_000 * b"x" + b"\n")
+    child.end(patience=9)
+    wait_until(child.gone.is_set)
+    wait_until(lambda: child.lines[-1] == "the end")
+    assert child.lines[:2] == [b"one", b"two"] and len(child.lines[2]) == 3_000_000
+    assert child.lines[3:] == [b"three", b"four", "the end"] and child.how_it_ended() == "exit status 0: one"
+    assert not child.family()
+    del child
+    wait_until(lambda: open_files() <= before)
+
+
+@pytest.mark.parametrize("script, patience, ended", [
+    ("trap '' TERM; while :; do sleep 0.05; done", 0, "signal 9"),
+    ("trap 'echo bye >&2; exit 4' TERM; while :; do :; done", 0.1, "exit status 4: bye"),
+    ("exec >&-; sleep 60", None, "signal 15"),
+    ("cat >/dev/null; exit 5", 9, "exit status 5"),
+    ("while :; do echo y; done", 0.1, "signal 15"),
+])
+def test_a_process_ends_by_itself_or_is_ended(monkeypatch, script, patience, ended):
+    monkeypatch.setattr(program, "TERM_SECONDS", 0.3)
+    child = Child(script)
+    child.send(1_000_000 * b"x")  # which hardly any of them reads, and which keeps nobody waiting
+    time.sleep(0.1)               # until the traps are set
+    child.end(patience)
+    wait_until(lambda: "the end" in child.lines, 5)
+    assert child.how_it_ended() == ended
+
+
+def test_a_keeper_that_fails_takes_its_process_along(caplog):
+    child = Child("echo choke; sleep 60")
+    wait_until(lambda: child.lines[-1:] == ["the end"])
+    assert child.how_it_ended() == "signal 9" and "has failed" in caplog.text
+
+
+def test_no_thread_for_a_keeper_means_no_process(monkeypatch):
+    def refuse(thread):
+        pids.append(int(thread.name.split()[-1]))
+        raise RuntimeError("can't start new thread")
+
+    before, pids = open_files(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError, match="can't start new thread"):
+            Child("sleep 60")
+    assert not alive(pids[0])
+    wait_until(lambda: open_files() <= before)
+
+
+def test_what_cannot_be_looked_at_is_not_known(monkeypatch, tmp_path):
+    """A user without a name and a home, a folder that may not be read, a session id that leads elsewhere."""
+    def nobody(_):
+        raise KeyError("getpwuid(): uid not found")
+
+    lost = program.KiroRefusal({"code": -32603, "message": "Internal error", "data": "It broke"})
+    facts = program.SessionFacts(ended=True, taught=True, in_sight=True)
+    for home in (None, "x" * 5000, str(tmp_path)):
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", nobody)
+        monkeypatch.setenv("KIRO_HOME", home) if home else monkeypatch.delenv("KIRO_HOME", raising=False)
+        assert program.size_of("a-session", "json") is None and program.size_of("../../etc/passwd", "json") is None
+        assert program.lock_pid("a-session") is None and not program.has_vanished("a-session", facts)
+        assert not program.session_is_lost(lost, "a-session", facts, ("", 0))
+        program.remove_lock("a-session", 1)
+    (tmp_path / "sessions" / "cli").mkdir(parents=True)
+    assert program.has_vanished("a-session", facts) and program.session_is_lost(lost, "a-session", facts, ("", 0))
+    assert not program.has_vanished("a-session", facts._replace(in_sight=False))
+
+
+@pytest.mark.parametrize("error, text, is_login", [
+    ({"code": -32603, "message": "Internal error", "data": "Too long"}, "Too long", False),
+    ({"code": -32603, "message": "Internal error", "data": {"details": "Too long"}}, "Too long", False),
+    ({"code": -32603, "message": "Internal error: API Error: 400", "data": {"errorKind": "unknown"}}, "Internal error: API Error: 400",
+     False),
+    ({"code": -32603, "message": "It stopped", "data": {"exitCode": 1, "signal": None, "restartable": True}}, "It stopped", False),
+    ({"code": -32000, "message": "Authentication required", "data": {"authMethods": [{"id": "login"}]}}, "Authentication required",
+     True),
+    ({"code": -32000, "message": "Who are you?"}, "Who are you?", True),
+    ({"code": -32603, "message": "It failed", "data": {"errorName": "ExpiredTokenException"}}, "It failed", True),
+    ({"code": -32602, "message": "Invalid params", "data": "no cwd"}, "Invalid params: no cwd", False),
+    ({"code": -32603, "message": "Twice", "data": {"message": "Twice"}}, "Twice", False),
+    ({"code": -32603, "message": "Internal error", "data": {"n": 1}}, "{'n': 1}", False),
+    ({"message": ["odd"], "data": 7}, "7", False), ({}, "an error without a text", False), ("just so", "just so", False),
+])
+def test_an_error_says_what_people_can_read(error, text, is_login):
+    refusal = program.KiroRefusal(error)
+    assert (str(refusal), program.is_login(refusal)) == (text, is_login)
+
+
 def turn(name, script, times, offered, texts):
     """What Kiro does in a turn, how often the prompt is sent, whether it is offered again, and the topic's messages."""
     return pytest.param(script, times, offered, texts, id=name)
@@ -3673,6 +4104,9 @@ def turn(name, script, times, offered, texts):
 TURNS = [
     turn("exit status and stderr", "!exit 3 boom", 2, True, ["⚠️ Kiro has exited (exit status 3: boom)."]),
     turn("exit without an error", "!exit 0", 2, True, ["⚠️ Kiro has exited (exit status 0)."]),
+    turn("exit with long lines on stderr",
+         "!exit 1 INFO: " + 900 * "x" + r"\n\nERROR: " + 900 * "y" + r"\nit broke", 2, True,
+         [f"⚠️ Kiro has exited (exit status 1: ERROR: {193 * 'y'}; it broke)."]),
     turn("killed", "!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
     turn("killed after a thought", "!thought hm\n!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
     turn("killed after text", "!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
@@ -3706,6 +4140,8 @@ TURNS = [
          "!request fs/write_text_file\n!request _vendor/thing", 1, False,
          ["fs/write_text_file: -32601\n_vendor/thing: -32601"]),
     turn("junk", "!junk\n!say ok", 1, False, ["ok"]),
+    turn("a list as stop reason", '!say ok\n!stop_reason ["end_turn"]', 1, False, ["ok"]),
+    turn("an object as stop reason", '!say ok\n!stop_reason {"a": 1}', 1, False, ["ok"]),
     turn("odd usage",
          '!raw {"jsonrpc":"2.0","method":"session/update",'
          '"params":{"update":{"sessionUpdate":"usage_update","used":1,"size":"x"}}}\n!say ok', 1, False, ["ok"]),
@@ -3788,8 +4224,20 @@ def test_a_missing_kiro_is_told_and_found_again(telegram, make_bot):
     program, away = bot.folder / "kiro", bot.folder / "away"
     program.write_text(f"#!/bin/sh\nexec {KIRO_COMMAND}\n")
     program.chmod(0o700)
-    bot.start()
+    bot.hurry(REPLACED_SECONDS=1.5).start()
     program.rename(away)
+    message = telegram.write("while it is being updated", thread=1)
+    telegram.wait_for(DRAFT, thread=1)
+    away.chmod(0o600)
+    away.rename(program)  # still not executable
+    with open(program, "r+b"):
+        program.chmod(0o700)  # and still written to
+        time.sleep(0.2)
+    assert telegram.answer("echo: while", thread=1, after=message)
+    program.rename(away)
+    telegram.write("to be stopped", thread=1)
+    telegram.stop(telegram.wait_for(DRAFT, thread=1, after=telegram.mark()))
+    telegram.answer("⏹ Stopped before Kiro began", thread=1)
     card = tell(telegram, "hello", 1, "⚠️ Kiro could not be started: No such file or directory")
     away.rename(program)
     telegram.press(card, "Ask again")
@@ -3813,7 +4261,7 @@ TRANSIENT = [
 ]
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1)
 def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     session = session_id(bot, 7)
@@ -3833,7 +4281,7 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     nothing_stays(bot)
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1)
 def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     ways = ["error", "exit", "hang", "accept"]
     for thread, way in enumerate(ways, 1):
@@ -3855,6 +4303,34 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     nothing_stays(bot)
 
 
+def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, make_bot, tmp_path):
+    """Kiro keeps its sessions elsewhere, while the folder where they might be is here, too."""
+    command = f"env KIRO_HOME={tmp_path}/elsewhere {KIRO_COMMAND}"
+    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, KIRO_COMMAND=command).hurry(**SOON_STARTED, REFUSED_AGAIN_SECONDS=0.5)
+    (bot.home / ".kiro" / "sessions" / "cli").mkdir(parents=True)
+    bot.start()
+    tell(telegram, "hello", 7, "echo: hello")
+    session = session_id(bot, 7)
+    for habits in TRANSIENT:
+        bot.habits(**habits)
+        tell(telegram, "and now", 7, "⚠️ ")
+        assert session_id(bot, 7) == session, habits
+    bot.habits(replay="after")
+    tell(telegram, "!recall", 7, "before: hello")
+    none_found = {"error": -32603, "data": {"details": "No previous sessions found for this project."}}
+    bot.habits(load=none_found)
+    tell(telegram, "one", 7, "⚠️ No previous sessions found")
+    refused = time.monotonic()
+    tell(telegram, "two", 7, "⚠️ No previous sessions found")  # too soon: the same trouble, perhaps
+    wait_until(lambda: time.monotonic() > refused + 0.6)
+    tell(telegram, "three", 7, f"its history is gone, a new one has begun. The folder is as it was. (The old session: {session})",
+         "echo: three")
+    bot.habits(load={"error": -32603, "message": "Session not found", "data": {"sessionId": session}, "times": 1})
+    tell(telegram, "four", 7, "its history is gone", "echo: four")
+    assert len(telegram.find(containing="history is gone")) == 2
+    nothing_stays(bot)
+
+
 @bot_with(dict(STOP_SECONDS=0.2, TERM_SECONDS=2), WARM_SECONDS=0)
 def test_what_a_dying_process_still_writes_is_history(telegram, bot):
     bot.habits(cancel={"hang": True}, ignore_term=True, ignore_stdin_end=True)
@@ -3866,7 +4342,7 @@ def test_what_a_dying_process_still_writes_is_history(telegram, bot):
     assert ask(telegram, "!recall").startswith("2 before: !say important")
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, SILENCE_SECONDS=2)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=2)
 def test_a_session_of_which_nothing_was_kept_is_replaced(telegram, bot):
     for thread, way in enumerate(["error", "exit", "hang"], 1):
         bot.habits(unknown_session=way)
@@ -3886,16 +4362,14 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     bot.wait_agents(0)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    sleeper = subprocess.Popen(["sleep", "60"], env=bot.environment())
-    agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), stdin=subprocess.PIPE, cwd=bot.folder)
-    try:
-        for number, process in enumerate([dead, sleeper, agent]):  # the last two: the pid was given to another
-            lock_by(bot, 7, process.pid)
-            tell(telegram, f"!recall {number}", 7, "before: hello")
-        assert sleeper.poll() is agent.poll() is None
-    finally:
-        sleeper.kill(), agent.communicate()
+    zombie, sleeper = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"], env=bot.environment())
+    for number, process in enumerate([dead, zombie, sleeper]):  # the last: the pid was given to another
+        lock_by(bot, 7, process.pid)
+        tell(telegram, f"!recall {number}", 7, "before: hello")
+    assert sleeper.poll() is None
+    sleeper.kill(), sleeper.wait(), zombie.wait()
     stranger = started_agent(bot, 7)
+    lock_by(bot, 7, stranger.pid)  # it runs as Kiro: when it began, and what the clock says, does not matter
     card = tell(telegram, "!recall again", 7,
                 f"open in another program (process {stranger.pid}). Close it there, then ask again.")
     assert offers(telegram, card) == AGAIN and stranger.poll() is None
@@ -3903,6 +4377,37 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     telegram.press(card, "Ask again")
     telegram.answer("before: hello", thread=7)
     nothing_stays(bot)
+
+
+@bot_with(dict(LOCK_SECONDS=0.5), WARM_SECONDS=0)
+def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
+    """Kiro in a container, or on another machine: there its pid may be another's here, or nobody's."""
+    bot.habits(lock_pid=999_999_999)
+    tell(telegram, "hello", 7, "echo: hello")
+    tell(telegram, "!say half\n!kill", 7, "half", "⚠️ Kiro has exited")
+    lock = session_path(bot, 7, "lock")
+    bot.habits(lock_pid=999_999_998)
+    card = tell(telegram, "again", 7, f"remove {lock} on the server, or begin another session with /new")
+    assert lock.exists() and offers(telegram, card) == AGAIN
+    assert "stale, unless of processes that can't be seen here" in bot.run("--check").stdout
+    tell(telegram, "/new", 7, "A new session")
+    goes_on(telegram, 7)
+    nothing_stays(bot)
+
+
+@pytest.mark.parametrize("command, line, sign", [
+    ("kiro-cli acp", "/usr/bin/kiro-cli-chat acp", True), ("/opt/agents/codex acp", "node /opt/agents/codex acp", True),
+    ("/opt/agents/codex acp", "/usr/bin/kiro-cli acp", True), ("python3.11 -m agent acp", "python3.11 -m http.server", False),
+    ("ssh -t dev /proc/x acp", "sleep /dev/null /proc/1", False), ("docker exec -i / sh", "/bin/sh -c sleep", False),
+])
+def test_what_shows_that_a_process_is_kiro(tmp_path, command, line, sign):
+    settings = read_settings({"KIRO_COMMAND": command}, tmp_path, need_token=False)
+    process = subprocess.Popen([sys.executable, "-c", "import os; os.execvp('sleep', ['sleep ' + %r, '9'])" % line])
+    try:
+        wait_until(lambda: b"sleep " in Path(f"/proc/{process.pid}/cmdline").read_bytes()[:6])
+        assert program.runs_as_kiro(process.pid, settings) is sign
+    finally:
+        process.kill(), process.wait()
 
 
 @bot_with(WARM_SECONDS=0)
@@ -3931,16 +4436,21 @@ def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram,
 @bot_with(SOON_ENDED, WARM_SECONDS=0)
 def test_orphans_of_a_killed_bot_free_their_session(telegram, bot, stubborn):
     bot.habits(two_processes=True, ignore_stdin_end=stubborn, ignore_term=stubborn)
-    telegram.write("!say half\n!wait never", thread=7)
+    telegram.write("!spawn setsid\n!say half\n!wait never", thread=7)
     bot.wait_wire("out", when=lambda entry: "half" in str(entry["frame"]))
     telegram.write("what came while Kiro worked", thread=7)
     telegram.wait_for("setMessageReaction")
+    left = bot.agents()
     bot.kill()
-    if not stubborn:
-        bot.wait_agents(0)  # they notice it
+    assert len(left) == 3
+    if stubborn:
+        session_path(bot, 7, "lock").unlink()  # it is no lock by which orphans are known
+    else:
+        bot.wait_agents(1)  # the others notice it
     bot.habits()
-    bot.start()
+    bot.start(wait=False)
     telegram.answer("I was interrupted while working on", thread=7)
+    assert not [pid for pid in left if alive(pid)]
     telegram.answer("echo: what came while Kiro worked", thread=7)
     goes_on(telegram, 7)
     nothing_stays(bot)
@@ -3959,6 +4469,8 @@ STARTS = [
     ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, "⚠️ no such engine", True),
     ({"new": {"exit": 0}}, "⚠️ Kiro has exited (exit status 0).", True),
     ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
+    ({"auth_methods": [{"id": "x", "description": "run agent login"}, 17], "new": {"error": -32000, "message": "Who?"}},
+     "⚠️ Who?\nOn the server, as the bot's user: run agent login", True),
     ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
     ({"agent_not_found": True}, NO_AGENT, False),
     ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
@@ -3967,7 +4479,7 @@ STARTS = [
 ]
 
 
-@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=1, MAX_PROCESSES=5)
+@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=5)
 def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, bot):
     """Stdin's end, then TERM, then KILL; and a cancel that is ignored. Meanwhile, whatever keeps Kiro from starting."""
     bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
@@ -3990,6 +4502,13 @@ def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegr
     assert stopped.time - pressed < 3 and recalled.time - answered < 5
     goes_on(telegram, 101, 102, *range(1, len(STARTS) + 1))
     nothing_stays(bot)
+
+
+@bot_with(SILENCE_SECONDS=1, START_SECONDS=20)
+def test_a_kiro_that_waits_in_a_queue_before_it_starts_is_given_time(telegram, bot):
+    bot.habits(start={"delay": 2, "times": 1})
+    assert ask(telegram, "!say at last") == "at last"
+    assert len(bot.wire("start")) == 1
 
 
 @bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
@@ -4087,7 +4606,7 @@ def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, bot):
     nothing_stays(bot)
 
 
-@bot_with(dict(LEFTOVER_SECONDS=10), WARM_SECONDS=0, MAX_PROCESSES=1)
+@bot_with(dict(TERM_SECONDS=10), WARM_SECONDS=0, MAX_PROCESSES=1)
 def test_a_zombie_that_nobody_waits_for_keeps_no_place(telegram, bot):
     tell(telegram, "!zombie\n!say left", 7, "left")
     tell(telegram, "next", 8, "echo: next", timeout=5)
@@ -4276,22 +4795,73 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
     chat = telegram.open_topic(7)
     good = {"message_id": 9, "from": ALICE, "chat": chat, "date": 1, "text": "!say bad"}
     message = {"message_thread_id": 7, "is_topic_message": True, **good}
-    bad_messages = [{"from": None}, {"from": []}, {"from": "x"}, {"chat": None}, {"chat": []},
-                    {"date": None, "entities": 17}, {"message_id": {}}, {"message_id": 2**70},
-                    {"message_thread_id": []}, {"text": {}}, {"text": "!say \ud83d"}, {"reply_to_message": {}},
-                    {"forward_origin": {"type": "new"}}]
+    bad_messages = [{"from": None}, {"from": []}, {"from": "x"}, {"chat": None}, {"chat": []}, {"entities": 17},
+                    {"message_id": {}}, {"message_id": 2**70}, {"text": {}}, {"photo": [{}]}, {"text": "!say \ud83d"}]
     with telegram.batch_of_updates():
         for change in bad_messages:
             telegram.deliver(message={**message, **change})
             telegram.deliver(edited_message={**message, **change})
-            telegram.deliver(callback_query={"id": "1", "from": ALICE, "message": {**message, **change}, "data": "x"})
+            telegram.deliver(callback_query={"id": "1", "from": ALICE, "message": {**message, **change}, "data": "x",
+                                             "chat_instance": "1"})
         for content in ({}, {"message": None}, {"message": []}, {"callback_query": {}}, {"new_kind": {}},
                         {"message": {key: value for key, value in message.items() if key not in ("from", "date")}}):
             telegram.deliver(**content)
         last = telegram.write("!say good", thread=7)
     telegram.answer("good", thread=7, timeout=3)
     telegram.wait_until(lambda: telegram.is_acknowledged(last))
-    telegram.answer("couldn't read", user=ALICE)
+
+
+@pytest.mark.parametrize("how", ["message", "edited_message", "callback_query"])
+def test_what_cannot_be_read_is_told_where_it_was_written(telegram, bot, how):
+    message = telegram.write("!say first", thread=7)
+    telegram.answer("first", thread=7)
+    if how == "callback_query":
+        telegram.deliver(callback_query={"id": "1", "from": ALICE, "message": {**message, "date": []}, "data": {}})
+    else:
+        telegram.deliver(**{how: {**message, "message_id": 2**70, "photo": [{}]}})
+    telegram.answer("couldn't read", thread=7)
+    assert len(bot.prompts()) == 1
+
+
+NEW_IN_QUOTES = [
+    ({"reply_to_message": {"message_id": 3, "date": 1, "chat": {"id": 1, "type": "private"}, "rich_message": {"blocks": [
+        {"type": "pre", "text": '{"type": "code", "n": 1}'}]}}}, '> ```\n> {"type": "code", "n": 1}\n> ```\n\n'),
+    ({"reply_to_message": {}}, ""),
+    ({"reply_to_message": {"message_id": 3, "text": "x", "entities": 5}}, "> (This could not be read.)\n\n"),
+    ({"external_reply": {"origin": []}}, "> (This could not be read.)\n\n"),
+    ({"forward_origin": {"type": "new"}}, "[Forwarded from somebody]\n"),
+    ({"paid_media": {"star_count": 1, "paid_media": [{"type": "new"}]}}, ""),
+    ({"poll": {"question": "?", "options": [{"text": "yes"}]}}, ""),
+]
+
+
+def test_what_is_new_in_quotes_and_forwards_loses_no_words(telegram, bot):
+    bot.habits(new={"gate": "gate"})
+    for n, (novelty, _) in enumerate(NEW_IN_QUOTES):
+        telegram.write(f"words {n}", thread=7, **novelty)
+    bot.wait_wire("in", "session/new")
+    wait_state(bot, "waiting", len(NEW_IN_QUOTES))
+    bot.kill()
+    bot.open_gate("gate")
+    bot.start()
+    said = "\n\n" + bot.wait_prompt("words 6")["frame"]["params"]["prompt"][0]["text"] + "\n"
+    for n, (_, quote) in enumerate(NEW_IN_QUOTES):
+        assert f"\n\n{quote}words {n}\n" in said
+
+
+def test_a_press_is_answered_whatever_its_message_is(telegram, bot):
+    telegram.write("!ask", thread=7)
+    question = telegram.answer("Kiro wants", thread=7)
+    data = telegram.buttons(question)[0]["callback_data"]
+    odd = {"blocks": [{"type": 5, "text": '{"type": "code", "n": 1}'}]}
+    with telegram.changed:
+        telegram.messages[ALICE["id"], question.message["message_id"]]["rich_message"] = odd
+    for press in (telegram.press(question, data="new:1"), telegram.press(question, data=""),
+                  telegram.press(question, data=data, inline=True)):
+        telegram.wait_for("answerCallbackQuery", when=lambda call: call.params["callback_query_id"] == press["id"]
+                          and call.params["text"] == "This is over.")
+    telegram.press(question, "Yes")
+    telegram.answer("allow_once", thread=7)
 
 
 @bot_with(QUICK)
@@ -4338,6 +4908,17 @@ def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, bot):
     telegram.write("!say next", thread=7)
     telegram.answer("next", thread=7)
     assert telegram.texts() == ["cut off"] * 2 + ["too late"] * 2 + ["next"]
+
+
+@bot_with(dict(EMPTY_SECONDS=0.2))
+def test_a_server_that_answers_at_once_is_not_asked_without_a_pause(telegram, bot):
+    telegram.impatient = True
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    before = telegram.mark()
+    telegram.wait_for("getUpdates", after=before, count=3, ok=None)
+    polls = [call.time for call in telegram.find("getUpdates", after=before, ok=None)]
+    assert polls[-1] - polls[0] > 0.36
 
 
 def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, make_bot):
@@ -4489,7 +5070,7 @@ def test_an_orderly_stop_waits_for_the_confirmation_of_what_was_sent(telegram, b
 STUBBORN = dict(ignore_stdin_end=True, ignore_term=True, cancel={"hang": True})
 
 
-@pytest.mark.parametrize("by, habits", [(signal.SIGTERM, STUBBORN), (signal.SIGINT, {})])
+@pytest.mark.parametrize("by, habits", [(signal.SIGTERM, STUBBORN), (signal.SIGINT, {}), (signal.SIGHUP, {})])
 def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
     bot.habits(**habits)
     for thread in (6, 7, 8, 9):
@@ -4546,6 +5127,14 @@ def test_no_process_is_started_once_the_bot_is_being_stopped(telegram, slow_bot)
     slow_bot.open_gate("go")
     assert slow_bot.ended() == 0 and not slow_bot.agents()
     assert len(slow_bot.wire("start")) == 1
+
+
+def test_a_bot_under_nohup_outlives_its_terminal(telegram, make_bot):
+    bot = make_bot()
+    bot.command = lambda usual=bot.command: ["nohup", *usual()]
+    bot.start()
+    bot.process.send_signal(signal.SIGHUP)
+    assert ask(telegram, "still there?") == "echo: still there?"
 
 
 def test_kiro_ends_when_the_bot_dies(telegram, bot):
@@ -4704,6 +5293,23 @@ def test_a_folder_that_cannot_be_written_is_named(make_bot):
     assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "tg-acp.db can't be used" in result.stderr
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_database_that_is_deleted_or_replaced_is_opened_anew(telegram, bot, replaced):
+    telegram.write("!wait gate\n!say still", thread=7)
+    bot.wait_prompt("still")
+    (bot.folder / "copy").write_bytes((bot.folder / "tg-acp.db").read_bytes())
+    (bot.folder / "tg-acp.db").unlink()
+    if replaced:
+        (bot.folder / "copy").rename(bot.folder / "tg-acp.db")
+    bot.open_gate("gate")
+    telegram.answer("still", thread=7)
+    assert ask(telegram, "!say going on", thread=8) == "going on"
+    settle(bot)
+    assert bot.log().count("replaced or deleted") == 1 and "ERROR" not in bot.log()
+    assert replaced or (bot.folder / "tg-acp.db").stat().st_mode & 0o777 == 0o600
+    assert {row["thread_id"] for row in bot.database()} >= ({7, 8} if replaced else {8})
+
+
 @pytest.mark.parametrize("content", [b"PK\3\4 this is an archive" * 500, b"short", b"SQLite format 3\0" + b"\0\1" * 4000])
 def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
     bot = make_bot()
@@ -4740,6 +5346,31 @@ def test_a_stranger_is_told_their_id_once(telegram, bot):
     assert row_of(bot)["model"] == "auto" and len(bot.database()) == 1
 
 
+@pytest.mark.parametrize("in_environment", [False, True])
+def test_who_may_use_the_bot_can_change_while_it_runs(telegram, make_bot, in_environment):
+    bot = make_bot(ALLOWED_TELEGRAM_IDS=str(ALICE["id"]))
+    if in_environment:
+        bot.environment = lambda usual=bot.environment: {**usual(), "ALLOWED_TELEGRAM_IDS": str(ALICE["id"])}
+    bot.start(ALLOWED_TELEGRAM_IDS="7" if in_environment else str(ALICE["id"]))
+    telegram.answer(str(BOB["id"]), after=telegram.write("who am I?", user=BOB))
+    bot.set(ALLOWED_TELEGRAM_IDS=f"{ALICE['id']} {BOB['id']}")
+    if in_environment:
+        ask(telegram, "am I still in?")
+        telegram.write("still out?", user=BOB)
+        ask(telegram, "and now?")
+        assert "Allowed from now on" not in bot.log() and not telegram.find(containing="echo", user=BOB)
+        return
+    assert ask(telegram, "am I in?", user=BOB) == "echo: am I in?"
+    bot.set(ALLOWED_TELEGRAM_IDS='"1')
+    assert ask(telegram, "still?", user=BOB) == "echo: still?"
+    assert ask(telegram, "really?", user=BOB) == "echo: really?"
+    bot.set(ALLOWED_TELEGRAM_IDS="1;2")
+    assert ask(telegram, "even now?", user=BOB) == "echo: even now?"
+    bot.set(ALLOWED_TELEGRAM_IDS=str(BOB["id"]))
+    telegram.answer("This bot is private", user=ALICE, after=telegram.write("and I?"))
+    assert bot.log().count("stays as it was") == 2 and bot.log().count("Allowed from now on") == 2
+
+
 @bot_with(ALLOWED_TELEGRAM_IDS="")
 def test_nobody_is_allowed_by_an_empty_list(telegram, bot):
     for user in (ALICE, BOB):
@@ -4763,8 +5394,7 @@ def test_nobody_gets_in_but_who_may_and_where(telegram, bot):
     telegram.write("/status", chat=GROUP, thread=3)
     telegram.press(question, user=MALLORY)
     telegram.press(question, user=BOB)
-    telegram.deliver(callback_query={"id": "1", "from": ALICE, "chat_instance": "1", "inline_message_id": "1",
-                                     "data": telegram.buttons(question)[0]["callback_data"]})
+    telegram.press(question, user=MALLORY, inline=True)
     telegram.deliver(callback_query={"id": "2", "from": ALICE, "chat_instance": "1",
                                      "data": telegram.buttons(question)[0]["callback_data"],
                                      "message": {**telegram.current(question), "chat": GROUP}})
@@ -4858,12 +5488,17 @@ def test_what_others_should_not_read_they_cannot(telegram, make_bot):
     (bot.folder / ".env").chmod(0o644)
     sqlite3.connect(bot.folder / "tg-acp.db").close()
     (bot.folder / "tg-acp.db").chmod(0o666)
-    bot.start()
+    umask = os.umask(0o022)
+    try:
+        bot.start()
+    finally:
+        os.umask(umask)
     telegram.send_file("document", b"data", name="data.txt", caption="!file made.txt x\n!say done", thread=7)
     telegram.answer("done", thread=7)
     open_to_others = [f"{path} {oct(path.stat().st_mode)}" for path in bot.folder.rglob("*")
                       if path.stat().st_mode & 0o077]
-    assert not open_to_others and (bot.workspace(7) / "uploads").is_dir()
+    assert open_to_others == [f"{bot.workspace(7)}/made.txt 0o100644"]  # Kiro's own, as the bot's umask was at first
+    assert (bot.workspace(7) / "uploads").is_dir()
 
 
 def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
@@ -4940,6 +5575,34 @@ def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     assert list(uploads(bot, 8).values()) == [png()]
 
 
+def test_an_image_that_comes_as_a_file_is_shown_when_it_is_not_too_large(telegram, bot):
+    jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 1000, 2001) + bytes(10)
+    pictures = [png(), png(2001, 1), png(1, 2000), jpeg, jpeg.replace(b"\x07\xd1", b"\x07\xd0")]
+    telegram.album(*({"kind": "document", "data": data, "mime": "image/jpeg" if data[0] == 0xff else "image/png",
+                      "name": f"{n}.img"} for n, data in enumerate(pictures)), caption="look", thread=7)
+    shown = image_blocks_of(bot.wait_prompt("look"))
+    assert [block["data"] for block in shown] == [base64_of(pictures[n]) for n in (0, 2, 4)]
+    assert len(uploads(bot)) == len(pictures)
+
+
+def test_a_reply_to_a_file_brings_it_along_once(telegram, bot):
+    report = telegram.send_file("document", b"report", name="report.txt", thread=7)
+    picture = telegram.send_file("photo", png(), thread=7)
+    telegram.answer("report.txt", thread=7)
+    assert len(wait_uploads(bot, 2)) == 2
+    elsewhere = telegram.send_file("document", b"from elsewhere", name="report.txt", user=ALICE)
+    telegram.answer("report.txt", thread=None)
+    with telegram.batch_of_updates():
+        telegram.write("this?", thread=7, reply_to=report)
+        telegram.write("and that?", thread=7, reply_to=picture)
+        telegram.write("and the other?", thread=7, reply_to=elsewhere)
+    prompt = bot.wait_prompt("the other?")
+    text = prompt["frame"]["params"]["prompt"][0]["text"]
+    assert f"> [File report.txt, 6 bytes]\n\nthis?\n[File: {bot.workspace(7)}/uploads/report.txt]" in text
+    assert f"> [File report.txt, 14 bytes]\n\nand the other?\n[File: {bot.workspace(7)}/uploads/report-2.txt]" in text
+    assert len(image_blocks_of(prompt)) == 1 and len(uploads(bot)) == 3
+
+
 HOSTILE_NAMES = [
     "../../../etc/passwd", "..", "/etc/passwd", "C:\\windows\\a.exe", "uploads/../x",
     ".bashrc", "-rf", "-.hidden.txt", " ", "~",
@@ -4964,6 +5627,16 @@ def test_hostile_file_names_are_made_harmless(telegram, bot):
         assert name.isprintable() and not set(name) & set('/\\;"'), name
     assert len(list(bot.workspace(7).rglob("*"))) == len(saved) + 1
     assert all(c.isprintable() or c == "\n" for prompt in bot.prompts() for c in prompt)
+
+
+def test_names_are_utf_8_whatever_the_locale(telegram, make_bot):
+    bot = make_bot()
+    own = bot.environment()
+    bot.environment = lambda: {**own, "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    bot.start()
+    telegram.send_file("document", b"data", name="смета é.txt", caption="look", thread=7)
+    telegram.answer("echo: look", thread=7)
+    assert list(uploads(bot)) == ["смета é.txt"]
 
 
 def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
@@ -5004,6 +5677,41 @@ def test_a_download_that_was_cut_off_is_done_again(telegram, bot):
     telegram.answer("echo: read this", thread=7)
 
 
+TRANSCRIBER = """#!/bin/sh
+test -n "$BOT_TOKEN" && echo leaked
+case "$(cat "$1")" in
+    fine) echo "run the tests again";;
+    silent) ;;
+    broken) echo "model not found" >&2; exit 3;;
+    endless) while :; do echo more and more; done;;
+    hangs) sleep 1000;;
+esac
+"""
+
+
+@bot_with(dict(TRANSCRIBE_SECONDS=2), TRANSCRIBE_COMMAND="./transcribe")
+def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
+    bot.restart(TRANSCRIBE_COMMAND=str(bot.folder / "transcribe"))
+    telegram.send_file("voice", b"fine", thread=1)
+    missing = telegram.answer("🎙 The voice note could not be understood, so Kiro gets the file.\n", thread=1)
+    assert "No such file" in missing.text
+    telegram.answer("[File: ", thread=1)
+    (bot.folder / "transcribe").write_text(TRANSCRIBER)
+    (bot.folder / "transcribe").chmod(0o700)
+    telegram.send_file("voice", b"fine", thread=1)
+    telegram.answer("🎙 run the tests again", thread=1)
+    telegram.answer("echo: run the tests again\n[File: ", thread=1)
+    for content, why in (("silent", "no text"), ("broken", "model not found"), ("endless", "too much"), ("hangs", "no end in 2 s")):
+        telegram.send_file("voice", content.encode(), thread=2)
+        assert "could not be understood" in telegram.answer(why, thread=2).text
+    telegram.answer("echo: [File: ", thread=2, count=4)
+    telegram.send_file("video_note", b"hangs", thread=3)
+    telegram.wait_for(DRAFT, containing="Listening", thread=3)
+    telegram.write("/stop", thread=3)
+    telegram.answer("Stopped before Kiro began", thread=3)
+    wait_until(lambda: not any(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bot.agents()))
+
+
 def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
     fault = telegram.fault("download", hang=60)
     telegram.send_file("document", b"slow", name="a.txt", thread=7)
@@ -5034,26 +5742,89 @@ def test_what_cannot_be_passed_on_is_said_and_service_messages_are_none(telegram
     option = {"text": "yes", "voter_count": 0, "persistent_id": "1"}
     poll = {"id": "1", "question": "?", "options": [option], "total_voter_count": 0, "is_closed": False,
             "is_anonymous": True, "type": "regular", "allows_multiple_answers": False}
-    others = [{"location": place}, {"venue": {"location": place, "title": "x", "address": "y"}, "location": place},
+    lines = [{"location": place}, {"venue": {"location": place, "title": "x", "address": "y"}, "location": place},
               {"contact": {"phone_number": "1", "first_name": "x"}}, {"dice": {"emoji": "🎲", "value": 3}},
-              {"sticker": telegram.new_file("sticker", b"x", **sticker)}, {"poll": poll}, {"hologram": {"size": 3}}]
+              {"poll": poll}, {"checklist": {"title": "x", "tasks": [{"id": 1, "text": "milk"}]}}]
+    others = [{"sticker": telegram.new_file("sticker", b"x", **sticker)}, {"hologram": {"size": 3}}]
     services = [{"forum_topic_created": {"name": "x", "icon_color": 1}}, {"forum_topic_edited": {"name": "y"}},
                 {"forum_topic_closed": {}}, {"delete_chat_photo": True},
                 {"message_auto_delete_timer_changed": {"message_auto_delete_time": 86400}}]
     for content in services + others:
         telegram.post(thread=7, **content)
     telegram.wait_for(None, containing="I can't pass on this", thread=7, count=len(others))
-    telegram.write("text", thread=7)
-    telegram.answer("echo: text", thread=7)
+    with telegram.batch_of_updates():
+        for content in lines:
+            telegram.post(thread=7, **content)
+    said = telegram.answer("echo: ", thread=7).text.removeprefix("echo: ").split("\n\n")
+    firsts = [list(content.items())[0] for content in lines]
+    assert said == [f"[{kind}: {json.dumps(inside, ensure_ascii=False)}]" for kind, inside in firsts]
     assert len(telegram.texts()) == len(others) + 1
     assert len(bot.prompts()) == 1
 
 
-def test_a_rich_message_is_read(telegram, bot):
-    text = ["plain, ", {"type": "bold", "text": "bold"}, " and ", {"type": "italic", "text": ["nested"]}]
-    telegram.post(thread=7, rich_message={"blocks": [{"type": "paragraph", "text": text},
-                                                     {"type": "paragraph", "text": "the end"}]})
-    telegram.answer("echo: plain, bold and nested\nthe end", thread=7)
+def entity(kind, words, text, **more):
+    """An entity over these words of a text, with offsets as Telegram counts them."""
+    return {"type": kind, "offset": utf16_length(text.partition(words)[0]), "length": utf16_length(words), **more}
+
+
+def with_entities(text, *entities, part="text"):
+    """A message's text or caption with entities: (type, words, more)."""
+    name = "entities" if part == "text" else "caption_entities"
+    return {part: text, name: [entity(kind, words, text, **(more[0] if more else {})) for kind, words, *more in entities]}
+
+
+def rich(*blocks):
+    return {"rich_message": {"blocks": [{"type": "paragraph", "text": block} if isinstance(block, (str, list)) else block
+                                        for block in blocks]}}
+
+
+X = {"url": "https://x.org"}
+CELLS = [[{"text": text, "align": "left", "valign": "top"} for text in row] for row in (("a", "b"), ("1", ["2", "3"]))]
+AS_MARKDOWN = [
+    (with_entities("🙂 see this 🙂 page", ("text_link", "this 🙂 page", X)), "🙂 see [this 🙂 page](https://x.org)"),
+    (with_entities("bold link", ("bold", "bold link"), ("text_link", "link", X)), "bold [link](https://x.org)"),
+    (with_entities("https://x.org", ("url", "https://x.org")), "https://x.org"),
+    (with_entities("run ls now", ("code", "ls"), part="caption"), "run `ls` now"),
+    (with_entities("a`b", ("code", "a`b")), "``a`b``"),
+    (with_entities("look:\nx = 1\ny", ("pre", "x = 1", {"language": "python"})), "look:\n\n```python\nx = 1\n```\n\ny"),
+    (with_entities("```", ("pre", "```")), "````\n```\n````"),
+    (with_entities("he said\nno\n🙂", ("blockquote", "he said\nno"), ("code", "no")), "> he said\n> `no`\n\n🙂"),
+    (rich(["plain, ", {"type": "bold", "text": "bold"}, " and ", {"type": "italic", "text": ["nested"]}], "the end"),
+     "plain, bold and nested\nthe end"),
+    (rich([{"type": "url", "text": "here", **X}, " ", {"type": "url", "text": X["url"], **X}, {"type": "code", "text": "f()"}]),
+     "[here](https://x.org) https://x.org`f()`"),
+    (rich([{"type": "mathematical_expression", "expression": "x^2"}, {"type": "custom_emoji", "alternative_text": "👍"}]),
+     "$x^2$👍"),
+    (rich({"type": "pre", "text": '{"type": "code", "n": 1}', "language": "json"}),
+     '```json\n{"type": "code", "n": 1}\n```'),
+    (rich({"type": "list", "items": [{"label": "1.", "blocks": [{"type": "paragraph", "text": "one"}]},
+                                     {"label": "2.", "blocks": [{"type": "paragraph", "text": "two"}]}]}), "1. one\n2. two"),
+    (rich({"type": "table", "cells": CELLS}), "| a | b |\n|---|---|\n| 1 | 23 |"),
+    (rich({"type": "blockquote", "blocks": [{"type": "paragraph", "text": "deep"}], "credit": "him"}, {"type": "new"}),
+     "> him\n> deep"),
+    (rich({"type": "details", "summary": "more", "blocks": [{"type": "paragraph", "text": "inside"}]}), "more\ninside"),
+    ({"photo": [], "caption": "mine"}, "mine"),
+]
+
+
+@pytest.mark.parametrize("message, markdown", AS_MARKDOWN)
+def test_what_is_formatted_reaches_kiro_as_markdown(message, markdown):
+    assert program.words(message) == markdown
+
+
+def test_formatted_messages_captions_and_quotes_reach_kiro(telegram, bot):
+    answer = telegram.post(thread=7, **rich("see ", {"type": "pre", "text": "x = 1"}))
+    telegram.answer("x = 1", thread=7)
+    quote = with_entities("a part", ("code", "part"))
+    with telegram.batch_of_updates():
+        telegram.write("why?", thread=7, reply_to=answer)
+        telegram.post(thread=7, text="what?", quote=quote, external_reply={
+            "origin": {"type": "channel", "date": 1, "message_id": 3, "chat": {"id": -1, "type": "channel", "title": "News"}}})
+        telegram.send_file("photo", thread=7, live_photo={"new": 1}, **with_entities("live", ("code", "live"), part="caption"))
+        telegram.post(thread=7, paid_media={"star_count": 1, "paid_media": []}, caption="paid")
+    prompt = bot.wait_prompt("paid")["frame"]["params"]["prompt"][0]["text"]
+    assert prompt == ("> see \n> \n> ```\n> x = 1\n> ```\n\nwhy?\n\n> [From News]\n> a `part`\n\nwhat?\n\n`live`\n[File: "
+                      f"{bot.workspace(7)}/uploads/{next(iter(uploads(bot)))}]\n\npaid")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5154,6 +5925,15 @@ def test_a_folder_that_becomes_a_link_at_the_last_moment_is_noticed(tmp_path, mo
         program.open_inside("d/f", str(workspace))
 
 
+def test_a_tag_in_a_sentence_about_tags_is_text(telegram, bot):
+    sentence = f"To send a file I write {tag('nothing.pdf', 'it')}."
+    assert recite(telegram, bot, sentence) == [sentence]
+    in_workspace(bot, {"a.txt": b"a"})
+    dictate(telegram, bot, f"Here {tag('a.txt')} is it.\nAnd {tag('gone.txt')}")
+    telegram.answer("Kiro wanted to send gone.txt", thread=7)
+    assert len(telegram.find("sendDocument")) == 1
+
+
 def test_tags_in_code_are_text(telegram, bot):
     in_workspace(bot, {"a.txt": b"a"})
     text = (f"Write `{tag('a.txt')}` or ``{tag('a.txt', '`')}``:\n\n```html\n{tag('a.txt')}\n```\n\n"
@@ -5196,20 +5976,22 @@ def test_no_prefix_of_an_answer_shows_a_piece_of_a_tag():
         assert "<" not in outside and "the caption" not in outside and "file" not in outside, shown
 
 
-def hostile_texts(length=100_000):
+def hostile_texts(length=30_000):
     """Texts that patterns choke on, by name: what is repeated, or begins and never ends."""
     def fill(piece):
         return (piece * (length // len(piece) + 1))[:length]
 
     cited = fill("[1](https://example.com/1), ")
     texts = {piece: fill(piece) for piece in (
-        "[", "](", "[a](", "![", "[[]", "[`", "[x]: u\n", "()", "<", "<a ", "<http://a", "`", "` a\n", "~", "~~~\n", "$", "!", "*",
-        "*a ", "_", "_a ", "> ", "> > > >\n", "> ```\n", "|", "| ", "a|b\n-|-\n", "|`a|b` ", "- ", "  - a\n", "-\n", "--- x\n",
+        "[", "](", "[a](", "![", "[[]", "[`", "[x]: u\n", "()", "<", "<a ", "<http://a", "`", "` a\n", "~", "~~~\n", "$", "!",
+        "*", "*a ", "_", "_a ", "> ", "> > > >\n", "> ```\n", "|", "| ", "a|b\n-|-\n", "|`a|b` ", "- ", "  - a\n", "-\n", "--- x\n",
         "1. ", "#", "=", "\\", "https://a.b/(", "session ", " ", "\n", "x", "😀", '<send_file path="', '<send_file path="a"> ',
-        '<send_file path="a"/>`b`', "a b\n\n")}
+        '<send_file path="a"/>`b`', "a b\n\n", '](a "', "[``[` ", "![](", "](<", "a|\n", "<br", "[\\", "*a\n", "~~a", "__a",
+        "https://a.b/((", "`a``b```c", "- [ ] a\n", "<send_file path=a", "<https://a", "\n> ", "[a]: b\n[a]", "*a* ")}
     return {**texts, "citations": f"Sources: [{cited}]", "open citations": f"[{cited}",
             "growing runs": " a ".join("`" * n for n in range(1, 440)), "tag and blanks": '<send_file path="a"' + fill(" "),
             "cell and blanks": "|a|\n|" + fill(" ") + "a", "cells and blanks": fill("|" + " " * 1000 + "a\n"),
+            "code and blanks": "```\n" + fill(" "), "link and blanks": "[a](b" + fill(" ") + "c",
             "rule": "|a|\n|" + fill("- -"), "not": "not" + fill(" "), "parentheses": "[a](" + fill("()")}
 
 
@@ -5217,14 +5999,15 @@ def time_hostile_texts():
     """Runs what looks into texts on each of them; prints what took long.  In a process of its own: it may never end."""
     functions = [program.visible_text, lambda text: program.visible_text(text, still_coming=True), program.has_markdown,
                  lambda text: list(program.split_text(text, 4096, program.utf16_length)), program.rich_safe,
-                 lambda text: list(program.rich_pieces(text)), program.close_code, lambda text: program.tail(text, 4000),
+                 lambda text: list(program.rich_pieces(text)), program.close_code, program.plain_form,
+                 lambda text: program.tail(text, 4000),
                  program.in_plain_sight, program.LOST.search, program.NOT_LOGGED_IN.search, program.PASSING.search,
                  program.LOCKED.search]
     for name, text in hostile_texts().items():
         for number, function in enumerate(functions):
             begun = time.process_time()
             function(text)
-            if time.process_time() - begun > 1:
+            if time.process_time() - begun > 0.5:
                 print(f"{name!r}, function {number}: {time.process_time() - begun:.1f} s")
 
 
@@ -5575,6 +6358,7 @@ def test_what_is_offered_again_may_be_edited_first(telegram, bot):
     telegram.wait_until(lambda: telegram.is_acknowledged(after))
     telegram.press(failed, "Ask again")
     telegram.answer("echo: a way", thread=7)
+    assert not times_said(telegram, "came too late")
 
 
 @bot_with(dict(SAY_SECONDS=0.5))
@@ -5611,6 +6395,17 @@ def test_the_start_says_in_one_line_each_what_was_found(telegram, make_bot):
     assert bot.log().count("\n") == lines + 1
 
 
+def test_in_the_journal_lines_have_no_time_of_their_own(make_bot):
+    bot = make_bot()
+    log = bot.log_path.stat()
+    for stream, pattern in ((f"{log.st_dev}:{log.st_ino}", r"INFO Kiro: "), ("1:2", r"\d{4}-\d\d-\d\d .* INFO Kiro: ")):
+        bot.environment = lambda usual=Bot.environment, stream=stream: {**usual(bot), "JOURNAL_STREAM": stream}
+        bot.log_path.write_text("")
+        bot.start()
+        assert re.search(f"^{pattern}", bot.log(), re.M)
+        bot.stop()
+
+
 def test_a_check_finds_everything_in_order(telegram, make_bot):
     bot = make_bot()
     result = bot.run("--check")
@@ -5628,7 +6423,7 @@ TROUBLES = [
 
 
 def test_a_check_says_what_is_wrong(make_bot):
-    bots = [make_bot(str(number)) for number in range(len(TROUBLES))]
+    bots = [make_bot(str(number)).hurry(REPLACED_SECONDS=0) for number in range(len(TROUBLES))]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda bot, case: bot.run("--check", **case[0]), bots, TROUBLES)
     for result, (_, told) in zip(results, TROUBLES):
@@ -5696,7 +6491,7 @@ def test_the_help_describes_the_modes(make_bot):
 
 
 def test_the_example_settings_work_once_two_values_are_filled_in(telegram, make_bot):
-    bot = make_bot()
+    bot = make_bot().hurry(REPLACED_SECONDS=0)
     example = (REPO / ".env.example").read_text()
     for name in ("BOT_TOKEN", "ALLOWED_TELEGRAM_IDS"):
         example = example.replace(f"\n{name}=\n", f"\n{name}={bot.settings[name]}\n")
