@@ -30,7 +30,7 @@ import sqlite3
 import threading
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
 log = logging.getLogger("sessions")
 
@@ -45,20 +45,18 @@ CREATE TABLE IF NOT EXISTS sessions (
     updated_at     TEXT    NOT NULL,     -- ISO 8601 UTC, last upsert
     PRIMARY KEY (user_id, thread_id)
 );
-CREATE TABLE IF NOT EXISTS session_facts (
-    session_id TEXT PRIMARY KEY,
-    ended      INTEGER NOT NULL DEFAULT 0,   -- a turn of it has ended, so that it has a history to lose
-    taught     INTEGER NOT NULL DEFAULT 0,   -- it knows the tags that this bot understands
-    in_sight   INTEGER NOT NULL DEFAULT 0    -- Kiro's file of it was in sight when its last turn ended
-);
-CREATE TABLE IF NOT EXISTS notes (
+CREATE TABLE IF NOT EXISTS notes (                -- what the bot has found out; of a session: which facts hold, or 'new'
     name  TEXT PRIMARY KEY,
     value TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS chosen_models (        -- threads for which somebody chose a model, maybe 'auto'
-    user_id   INTEGER NOT NULL,
-    thread_id INTEGER NOT NULL,
-    PRIMARY KEY (user_id, thread_id)
+CREATE TABLE IF NOT EXISTS used_sessions (        -- the last ten of each thread, the present one among them
+    user_id    INTEGER NOT NULL,
+    thread_id  INTEGER NOT NULL,
+    session_id TEXT    NOT NULL,
+    folder     TEXT    NOT NULL,
+    title      TEXT    NOT NULL,             -- the first words said in it
+    used_at    TEXT    NOT NULL,
+    PRIMARY KEY (user_id, thread_id, session_id)
 );
 CREATE TABLE IF NOT EXISTS inbox (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of arrival
@@ -87,37 +85,38 @@ CREATE TABLE IF NOT EXISTS parts (
     PRIMARY KEY (turn_id, position)
 );
 """
-HAS_IN_SIGHT = "SELECT 1 FROM pragma_table_info('session_facts') WHERE name = 'in_sight'"
-ADD_IN_SIGHT = "ALTER TABLE session_facts ADD COLUMN in_sight INTEGER NOT NULL DEFAULT 0"
+IS_OURS = "SELECT session_id, workspace_path, model, update_id, state, turn_id FROM sessions, inbox LIMIT 0"
 GET_SESSION = "SELECT user_id, thread_id, session_id, workspace_path, model FROM sessions WHERE user_id = ? AND thread_id = ?"
 UPSERT_SESSION = """
-INSERT INTO sessions (user_id, thread_id, session_id, workspace_path, model, created_at, updated_at)
-VALUES (:user, :thread, :session, :path, 'auto', :now, :now)
+INSERT INTO sessions (user_id, thread_id, session_id, workspace_path, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)
 ON CONFLICT (user_id, thread_id) DO UPDATE SET
-    session_id = :session, workspace_path = :path, model = CASE WHEN :keep THEN model ELSE 'auto' END, updated_at = :now
+    session_id = excluded.session_id, workspace_path = excluded.workspace_path, updated_at = excluded.updated_at
 """
 SET_MODEL = "UPDATE sessions SET model = ? WHERE user_id = ? AND thread_id = ?"
-CHOOSE = "INSERT OR IGNORE INTO chosen_models SELECT user_id, thread_id FROM sessions WHERE user_id = ? AND thread_id = ?"
-UNCHOOSE = "DELETE FROM chosen_models WHERE user_id = ? AND thread_id = ?"
-CHOSEN_MODEL = """
-SELECT model FROM sessions LEFT JOIN chosen_models AS chosen USING (user_id, thread_id)
-WHERE user_id = ? AND thread_id = ? AND (model <> 'auto' OR chosen.user_id IS NOT NULL)
-"""
+CHOSEN = "chosen {}/{}"          # the note that somebody chose a thread's model, maybe 'auto'
 DELETE_SESSION = "DELETE FROM sessions WHERE user_id = ? AND thread_id = ?"
-COUNT_SESSIONS = "SELECT count(*) FROM sessions"
 SESSION_IDS = "SELECT session_id FROM sessions"
 
-NEW_FACTS = "INSERT OR IGNORE INTO session_facts (session_id) VALUES (?)"
-GET_FACTS = "SELECT ended, taught, in_sight FROM session_facts WHERE session_id = ?"
-SET_FACTS = "INSERT OR REPLACE INTO session_facts (session_id, ended, taught, in_sight) VALUES (?, ?, ?, ?)"
-PURGE_FACTS = "DELETE FROM session_facts WHERE session_id NOT IN (SELECT session_id FROM sessions)"
+NOTE_USED = """
+INSERT INTO used_sessions SELECT user_id, thread_id, session_id, workspace_path, ?, ?
+FROM sessions LEFT JOIN notes ON name = 'session ' || session_id
+WHERE user_id = ? AND thread_id = ? AND coalesce(value, 'ended') LIKE 'ended%'
+ON CONFLICT DO UPDATE SET used_at = excluded.used_at, title = coalesce(nullif(title, ''), excluded.title)
+"""
+OF_THREAD = " FROM used_sessions WHERE user_id = ? AND thread_id = ? ORDER BY used_at DESC"
+USED = "SELECT session_id, folder, coalesce(nullif(title, ''), session_id), used_at" + OF_THREAD
+PURGE_USED = "DELETE FROM used_sessions WHERE rowid IN (SELECT rowid" + OF_THREAD + " LIMIT -1 OFFSET 10)"
+OWNER = """
+SELECT user_id, coalesce(title, '') FROM sessions LEFT JOIN used_sessions USING (user_id, thread_id, session_id)
+WHERE session_id = ?
+"""
 
 GET_NOTE = "SELECT value FROM notes WHERE name = ?"
 SET_NOTE = "INSERT INTO notes VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value WHERE value != excluded.value"
+NEW_SESSION = "INSERT OR IGNORE INTO notes VALUES ('session ' || ?, 'new')"
+PURGE_NOTES = "DELETE FROM notes WHERE name LIKE 'session %' AND substr(name, 9) NOT IN (SELECT session_id FROM sessions)"
 
-RECEIVE = """
-INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)
-"""
+RECEIVE = "INSERT OR IGNORE INTO inbox (update_id, user_id, thread_id, message_id, body, changed_at) VALUES (?, ?, ?, ?, ?, ?)"
 RECEIVE_OWN = """
 INSERT INTO inbox (update_id, user_id, thread_id, message_id, body, state, changed_at)
 SELECT min(0, coalesce(min(update_id), 0)) - 1, ?, ?, 0, ?, ?, ? FROM inbox
@@ -136,9 +135,8 @@ JOIN_TURN = "UPDATE inbox SET turn_id = ?, state = 'begun', changed_at = ? WHERE
 TURN_STATE = "UPDATE inbox SET state = ?, changed_at = ? WHERE turn_id = ?"
 MESSAGE_DONE = "UPDATE inbox SET state = 'done', changed_at = ? WHERE update_id = ?"
 UNFINISHED = """
-SELECT turns.turn_id, turns.user_id, turns.thread_id, inbox.state, turns.partial, turns.offer
-FROM turns JOIN inbox USING (turn_id)
-WHERE inbox.state IN ('begun', 'answered') GROUP BY turns.turn_id ORDER BY turns.turn_id
+SELECT turn_id, turns.user_id, turns.thread_id, state, partial, offer FROM turns JOIN inbox USING (turn_id)
+WHERE state IN ('begun', 'answered') GROUP BY turn_id ORDER BY turn_id
 """
 KEEP_PARTIAL = "UPDATE turns SET partial = ? WHERE turn_id = ?"
 SET_OFFER = "UPDATE turns SET offer = ? WHERE turn_id = ?"
@@ -146,11 +144,9 @@ ADD_PART = "INSERT INTO parts (turn_id, position, body) VALUES (?, ?, ?)"
 PARTS = "SELECT position, body FROM parts WHERE turn_id = ? ORDER BY position"
 DELETE_PART = "DELETE FROM parts WHERE turn_id = ? AND position = ?"
 DELETE_PARTS = "DELETE FROM parts WHERE turn_id = ?"
-ASK_AGAIN = """
-UPDATE inbox SET state = 'waiting', turn_id = NULL, changed_at = ?
-WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')
+TAKE_OUT = """
+UPDATE inbox SET state = ?, turn_id = NULL, changed_at = ? WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')
 """
-DROP = "UPDATE inbox SET state = 'done', changed_at = ? WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')"
 PURGE_INBOX = "DELETE FROM inbox WHERE state = 'done' AND changed_at < ?"
 PURGE_TURNS = "DELETE FROM turns WHERE turn_id NOT IN (SELECT turn_id FROM inbox WHERE turn_id IS NOT NULL)"
 PURGE_PARTS = "DELETE FROM parts WHERE turn_id NOT IN (SELECT turn_id FROM turns)"
@@ -214,16 +210,11 @@ class SessionStore:
 
     def _open(self) -> None:
         """Connect to the file, and make what is missing."""
-        if self._path != ":memory:":
-            _make_private(self._path)
-        self._inode = -1                # until it is open
+        self._inode: Optional[int] = -1         # until it is open
         try:
             self._connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, check_same_thread=False)
             self._connection.executescript(SCHEMA)
-            if not self._connection.execute(HAS_IN_SIGHT).fetchone():       # a file of an earlier version
-                self._connection.execute(ADD_IN_SIGHT)
-            for query in (GET_SESSION + " LIMIT 0", "SELECT update_id, state, turn_id FROM inbox LIMIT 0"):
-                self._connection.execute(query, (0, 0)[:query.count("?")])      # somebody else's tables are refused here
+            self._connection.execute(IS_OURS)       # somebody else's tables are refused here
             self._inode = _inode(self._path)
         except sqlite3.Error as error:
             raise StoreError(str(error)) from error
@@ -256,42 +247,40 @@ class SessionStore:
             except (sqlite3.Error, OverflowError, UnicodeError) as error:
                 raise StoreError(str(error)) from error
 
+    def _execute(self, query: str, *values: Any) -> list[tuple]:
+        """Run one statement as a transaction; return its rows."""
+        with self._transaction() as db:
+            return db.execute(query, values).fetchall()
+
+    def _messages(self, query: str, *values: Any) -> list[InboxMessage]:
+        return [InboxMessage(*row) for row in self._execute(query, *values)]
+
     # -- sessions ------------------------------------------------------------------------------------------------------
 
     def get_session(self, user_id: int, thread_id: int) -> Optional[SessionRecord]:
         """Return the thread's session, or None."""
-        with self._transaction() as db:
-            row = db.execute(GET_SESSION, (user_id, thread_id)).fetchone()
-        return SessionRecord(*row) if row else None
+        return next((SessionRecord(*row) for row in self._execute(GET_SESSION, user_id, thread_id)), None)
 
     def upsert_session(self, user_id: int, thread_id: int, session_id: str, workspace_path: str,
                        keep_model: bool = False) -> None:
         """Give the thread this session; a new session starts at model `auto`, unless the thread's model is to be kept."""
-        row = {"user": user_id, "thread": thread_id, "session": session_id, "path": workspace_path, "now": utc_now(),
-               "keep": keep_model}
+        now = utc_now()
         with self._transaction() as db:
-            db.execute(UPSERT_SESSION, row)
+            db.execute(NOTE_USED, ("", now, user_id, thread_id))
+            db.execute(UPSERT_SESSION, (user_id, thread_id, session_id, workspace_path, now, now))
             if not keep_model:
-                db.execute(UNCHOOSE, (user_id, thread_id))
-            db.execute(NEW_FACTS, (session_id,))
+                _set_model(db, user_id, thread_id, "auto", "")
+            db.execute(NEW_SESSION, (session_id,))
 
-    def set_model(self, user_id: int, thread_id: int, model: str) -> None:
-        """Choose the thread's model; nothing happens without a row."""
+    def set_model(self, user_id: int, thread_id: int, model: str, is_chosen: bool = True) -> None:
+        """Choose the thread's model, or note that nobody's choice holds any more; nothing happens without a row."""
         with self._transaction() as db:
-            db.execute(SET_MODEL, (model, user_id, thread_id))
-            db.execute(CHOOSE, (user_id, thread_id))
+            _set_model(db, user_id, thread_id, model, "yes" if is_chosen else "")
 
     def chosen_model(self, user_id: int, thread_id: int) -> Optional[str]:
         """Return the thread's model if somebody chose it, else None: Kiro's own configuration says then which."""
-        with self._transaction() as db:
-            row = db.execute(CHOSEN_MODEL, (user_id, thread_id)).fetchone()
-        return row[0] if row else None
-
-    def unset_model(self, user_id: int, thread_id: int) -> None:
-        """Nobody's choice holds any more."""
-        with self._transaction() as db:
-            db.execute(SET_MODEL, ("auto", user_id, thread_id))
-            db.execute(UNCHOOSE, (user_id, thread_id))
+        model = self.get_model(user_id, thread_id)
+        return model if model != "auto" or self.get_note(CHOSEN.format(user_id, thread_id)) else None
 
     def get_model(self, user_id: int, thread_id: int) -> str:
         """Return the thread's model, `auto` without a row."""
@@ -300,40 +289,43 @@ class SessionStore:
 
     def delete_session(self, user_id: int, thread_id: int) -> None:
         """Forget the thread's session."""
-        with self._transaction() as db:
-            db.execute(DELETE_SESSION, (user_id, thread_id))
-
-    def count_sessions(self) -> int:
-        """Return how many threads have a session."""
-        with self._transaction() as db:
-            return db.execute(COUNT_SESSIONS).fetchone()[0]
+        self._execute(DELETE_SESSION, user_id, thread_id)
 
     def session_ids(self) -> list[str]:
         """Return Kiro's ids of all sessions."""
+        return [session_id for session_id, in self._execute(SESSION_IDS)]
+
+    def note_used(self, user_id: int, thread_id: int, title: str) -> None:
+        """Remember that the thread's session was used; its first title stays."""
         with self._transaction() as db:
-            return [session_id for session_id, in db.execute(SESSION_IDS)]
+            db.execute(NOTE_USED, (title, utc_now(), user_id, thread_id))
+            db.execute(PURGE_USED, (user_id, thread_id))
+
+    def used_sessions(self, user_id: int, thread_id: int) -> list[tuple[str, str, str, str]]:
+        """Return (session_id, folder, title, used_at) of what the thread used, the last first."""
+        return self._execute(USED, user_id, thread_id)
+
+    def owner(self, session_id: str) -> Optional[tuple[int, str]]:
+        """Return (user, title) of the thread that has this session now, or None."""
+        return next(iter(self._execute(OWNER, session_id)), None)
 
     def get_facts(self, session_id: str) -> SessionFacts:
         """Return what is known of a session; one that an earlier version made may well have a history."""
-        with self._transaction() as db:
-            row = db.execute(GET_FACTS, (session_id,)).fetchone()
-        return SessionFacts(*map(bool, row)) if row else SessionFacts(ended=True, taught=False, in_sight=False)
+        holds = (self.get_note(f"session {session_id}") or "ended").split()
+        return SessionFacts(*(fact in holds for fact in SessionFacts._fields))
 
     def set_facts(self, session_id: str, ended: bool, taught: bool, in_sight: bool = False) -> None:
         """Remember the facts of `get_facts`."""
-        with self._transaction() as db:
-            db.execute(SET_FACTS, (session_id, ended, taught, in_sight))
+        holds = [fact for fact, is_so in zip(SessionFacts._fields, (ended, taught, in_sight)) if is_so]
+        self.set_note(f"session {session_id}", " ".join(holds) or "new")
 
     def get_note(self, name: str) -> str:
         """Return what was noted under this name, or nothing."""
-        with self._transaction() as db:
-            row = db.execute(GET_NOTE, (name,)).fetchone()
-        return row[0] if row else ""
+        return "".join(value for value, in self._execute(GET_NOTE, name))
 
     def set_note(self, name: str, value: str) -> None:
         """Note something that the bot has found out."""
-        with self._transaction() as db:
-            db.execute(SET_NOTE, (name, value))
+        self._execute(SET_NOTE, name, value)
 
     # -- inbox ---------------------------------------------------------------------------------------------------------
 
@@ -342,13 +334,10 @@ class SessionStore:
 
         An edit replaces the body of its message, whether that still waits or not.
         """
-        new, now = set(), utc_now()
+        now = utc_now()
         with self._transaction() as db:
-            for message in messages:
-                if db.execute(RECEIVE, (*message, now)).rowcount:
-                    new.add(message.update_id)
-            for edit in edits:
-                db.execute(EDIT, (edit.body, edit.user_id, edit.message_id))
+            new = {message.update_id for message in messages if db.execute(RECEIVE, (*message, now)).rowcount}
+            db.executemany(EDIT, [(edit.body, edit.user_id, edit.message_id) for edit in edits])
         return new
 
     def receive_own(self, user_id: int, thread_id: int, body: str, state: str = "waiting") -> InboxMessage:
@@ -367,100 +356,77 @@ class SessionStore:
 
     def count_told(self, user_id: int, thread_id: int) -> int:
         """Return how many messages that Telegram did not send wait in a topic."""
-        with self._transaction() as db:
-            return db.execute(COUNT_TOLD, (user_id, thread_id)).fetchone()[0]
+        return self._execute(COUNT_TOLD, user_id, thread_id)[0][0]
 
     def find_message(self, user_id: int, message_id: int) -> tuple[str, str]:
         """Return (body, state) of a message, two empty strings when it is not known."""
-        with self._transaction() as db:
-            return db.execute(FIND_MESSAGE, (user_id, message_id)).fetchone() or ("", "")
+        return next(iter(self._execute(FIND_MESSAGE, user_id, message_id)), ("", ""))
 
     def waiting(self) -> list[InboxMessage]:
         """Return the messages that no turn has begun, in order of arrival."""
-        with self._transaction() as db:
-            return [InboxMessage(*row) for row in db.execute(WAITING)]
+        return self._messages(WAITING)
+
+    def messages_of(self, turn_id: int) -> list[InboxMessage]:
+        """Return the messages of a turn, in order of arrival."""
+        return self._messages(OF_TURN, turn_id)
 
     def done(self, update_id: int) -> None:
         """A message that needed no turn has been answered."""
-        with self._transaction() as db:
-            db.execute(MESSAGE_DONE, (utc_now(), update_id))
+        self._execute(MESSAGE_DONE, utc_now(), update_id)
 
     def begin(self, user_id: int, thread_id: int, update_ids: Iterable[int]) -> int:
         """Open a turn with these messages; return its turn_id."""
-        now = utc_now()
         with self._transaction() as db:
             turn_id = db.execute(NEW_TURN, (user_id, thread_id)).lastrowid
-            db.executemany(JOIN_TURN, [(turn_id, now, update_id) for update_id in update_ids])
+            db.executemany(JOIN_TURN, [(turn_id, utc_now(), update_id) for update_id in update_ids])
         return turn_id
 
     def keep_partial(self, turn_id: int, text: str) -> None:
         """Keep what Kiro has said so far in a turn that is being cut off."""
-        with self._transaction() as db:
-            db.execute(KEEP_PARTIAL, (text, turn_id))
+        self._execute(KEEP_PARTIAL, text, turn_id)
 
     def answer(self, turn_id: int, bodies: Iterable[str], offer: bool = False) -> None:
-        """The turn has ended with these parts; with `offer` it can be asked again once they are sent."""
+        """The turn has ended with these parts, in the place of any that it had; with `offer` it can be asked again once they
+        are sent.  Their positions are 0, 1, ..."""
         with self._transaction() as db:
-            _set_parts(db, turn_id, bodies)
+            db.execute(DELETE_PARTS, (turn_id,))
+            db.executemany(ADD_PART, [(turn_id, position, body) for position, body in enumerate(bodies)])
             db.execute(SET_OFFER, (offer, turn_id))
             db.execute(TURN_STATE, ("answered", utc_now(), turn_id))
 
     def parts(self, turn_id: int) -> list[tuple[int, str]]:
         """Return (position, body) of the parts that Telegram has not confirmed, in order."""
-        with self._transaction() as db:
-            return db.execute(PARTS, (turn_id,)).fetchall()
-
-    def set_parts(self, turn_id: int, bodies: Iterable[str]) -> None:
-        """Put other parts in the place of those that are left; their positions are 0, 1, ..."""
-        with self._transaction() as db:
-            _set_parts(db, turn_id, bodies)
+        return self._execute(PARTS, turn_id)
 
     def tick(self, turn_id: int, position: int) -> None:
         """Telegram has confirmed this part."""
-        with self._transaction() as db:
-            db.execute(DELETE_PART, (turn_id, position))
+        self._execute(DELETE_PART, turn_id, position)
 
     def finish(self, turn_id: int, offer: bool = False) -> None:
         """All parts of the answer are sent: the turn is done, or with `offer` the topic has the buttons to ask it again."""
-        with self._transaction() as db:
-            db.execute(TURN_STATE, ("offered" if offer else "done", utc_now(), turn_id))
+        self._execute(TURN_STATE, "offered" if offer else "done", utc_now(), turn_id)
 
-    def ask_again(self, turn_id: int) -> list[InboxMessage]:
-        """Make a turn's messages wait again; return them, none when that was done before or they were dropped."""
-        with self._transaction() as db:
-            messages = [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
-            changed = db.execute(ASK_AGAIN, (utc_now(), turn_id)).rowcount
-            db.execute(DELETE_PARTS, (turn_id,))
-        return messages if changed else []
-
-    def drop(self, turn_id: int) -> bool:
+    def drop(self, turn_id: int, then: str = "done") -> bool:
         """Give an offered turn up; return False when there was nothing to give up."""
         with self._transaction() as db:
-            return bool(db.execute(DROP, (utc_now(), turn_id)).rowcount)
-
-    def messages_of(self, turn_id: int) -> list[InboxMessage]:
-        """Return the messages of a turn, in order of arrival."""
-        with self._transaction() as db:
-            return [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
+            return bool(db.execute(TAKE_OUT, (then, utc_now(), turn_id)).rowcount)
 
     def unfinished(self) -> list[UnfinishedTurn]:
         """Return the turns that are begun or answered, oldest first."""
-        with self._transaction() as db:
-            return [UnfinishedTurn(*row) for row in db.execute(UNFINISHED)]
+        return [UnfinishedTurn(*row) for row in self._execute(UNFINISHED)]
 
     def purge(self) -> None:
         """Forget what was done two days ago, and what belongs to nothing any more."""
         old = (datetime.now(timezone.utc) - KEEP_DONE).isoformat()
         with self._transaction() as db:
             db.execute(PURGE_INBOX, (old,))
-            db.execute(PURGE_TURNS)
-            db.execute(PURGE_PARTS)
-            db.execute(PURGE_FACTS)
+            for query in (PURGE_TURNS, PURGE_PARTS, PURGE_NOTES):
+                db.execute(query)
 
 
-def _set_parts(db: sqlite3.Connection, turn_id: int, bodies: Iterable[str]) -> None:
-    db.execute(DELETE_PARTS, (turn_id,))
-    db.executemany(ADD_PART, [(turn_id, position, body) for position, body in enumerate(bodies)])
+def _set_model(db: sqlite3.Connection, user_id: int, thread_id: int, model: str, chosen: str) -> None:
+    if db.execute(SET_MODEL, (model, user_id, thread_id)).rowcount:
+        db.execute(SET_NOTE, (CHOSEN.format(user_id, thread_id), chosen))
 
 
 def _inode(path: str) -> Optional[int]:
@@ -469,11 +435,3 @@ def _inode(path: str) -> Optional[int]:
         return os.stat(path).st_ino
     except OSError:
         return None
-
-
-def _make_private(path: str) -> None:
-    """Make the file readable by its owner only, before anything is in it; an existing one is left alone."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError as error:
-        raise StoreError(error.strerror) from error

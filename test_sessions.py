@@ -3,6 +3,7 @@
     pytest test_sessions.py            the tests: `python bot.py` as a process between two stand-ins
     python test_sessions.py            the stand-in Kiro: an ACP agent on stdin and stdout, whatever its arguments
     python test_sessions.py bench      measures the bot between the stand-ins
+    python test_sessions.py load [N]   what one bot carries: N messages, 5,000 unless told, in 200 topics of 50 people
     python test_sessions.py kills [N]  kills the bot N times at random moments, 50 unless told, and counts what was lost
 
 From top to bottom: the stand-in Kiro, the stand-in Telegram, the harness that runs the bot between the two,
@@ -106,7 +107,7 @@ class Wire:
 class Habits:
     """`habits.json` of the control folder: read at the start and again when a prompt arrives.
 
-    A habit is named by a step (start, initialize, new, load, set_model, set_config_option, prompt, cancel) and is
+    A habit is named by a step (start, initialize, new, load, list, set_model, set_config_option, prompt, cancel) and is
     then a mishap or a list of mishaps, or it is one of:
 
         two_processes      true: the agent is a child of the process that was started, as with `kiro-cli`
@@ -116,7 +117,9 @@ class Habits:
         image   false: not in promptCapabilities     load_session   false
         lock_pid           a number that locks name instead of the process's own      auth_methods   a list of objects
         dialect            "models" (default), "config", "grouped", "both" or "none": how models are told
-        models             a list of ids
+        models             a list of ids           topics   {name of the folder it works in: habits that only it has there}
+        lists              true: announces and serves session/list, ten sessions a page; Kiro's own is always served
+        listed             what is listed instead: any value, or a number of made-up sessions
         forget_model       true: session/load reports `auto`      agent_not_found   true: says so
         permission_ids     "hyphens": allow-once           refusal   "cancelled": a refused tool ends the turn
 
@@ -128,7 +131,8 @@ class Habits:
 
     def __init__(self, control):
         self.control = control
-        self.switched_on = {}
+        self.topic = os.path.basename(os.getcwd())
+        self.switched_on, self.own = {}, {}
         self.read()
 
     def read(self):
@@ -137,15 +141,17 @@ class Habits:
                 self.switched_on = json.load(file) if self.control else {}
         except FileNotFoundError:
             self.switched_on = {}
+        self.own = self.switched_on.get("topics", {}).get(self.topic, {})
 
     def get(self, name, default=None):
-        return self.switched_on.get(name, default)
+        return self.own.get(name, self.switched_on.get(name, default))
 
     def mishaps(self, step):
         """The mishaps that are due at `step` this time."""
         listed = self.get(step, [])
         listed = listed if isinstance(listed, list) else [listed]
-        return [mishap for number, mishap in enumerate(listed) if self.due(f"{step}.{number}", mishap)]
+        name = f"{self.topic}.{step}" if step in self.own else step
+        return [mishap for number, mishap in enumerate(listed) if self.due(f"{name}.{number}", mishap)]
 
     def due(self, name, mishap):
         times = mishap.get("times")
@@ -220,6 +226,12 @@ class Session:
         """The updates of all ended turns, as they are replayed."""
         with open(self.base + ".jsonl", "rb") as file:
             return [json.loads(line) for line in file]
+
+    def entry(self):
+        """What a list says of it; Kiro's titles are the first message."""
+        title = next(update["content"]["text"] for update in self.history() if update["sessionUpdate"] == "user_message_chunk")
+        when = time.strftime("%Y-%m-%dT%H:%M:%S.123456789Z", time.gmtime(os.path.getmtime(self.base + ".jsonl")))
+        return {"sessionId": self.id, "title": title, "updatedAt": when}
 
     def remember(self, updates):
         with open(self.base + ".jsonl", "a") as file:
@@ -303,6 +315,7 @@ class Agent:
         self.replies = {}  # id of a request of ours -> Reply
         self.finishing = threading.Lock()  # held while the end of a turn is told; the end of stdin waits for it
         self.initialized = False
+        self.client = {}  # the capabilities of the client
 
     # -- life
 
@@ -403,7 +416,7 @@ class Agent:
     def take_request(self, frame):
         """Start the answer; a prompt's turn is known at once, so that a cancel right behind it finds it."""
         step = frame["method"].rpartition("/")[2]
-        if step == "prompt":
+        if step in ("prompt", "list"):
             self.habits.read()
         mishaps = self.habits.mishaps(step)
         work = self.answer
@@ -468,6 +481,7 @@ class Agent:
 
     def initialize(self, request_id, params):
         field(params, "protocolVersion", int)
+        self.client = params.get("clientCapabilities") or {}
         prompts = {"image": self.habits.get("image", True), "audio": False, "embeddedContext": False}
         self.initialized = True
         self.respond(request_id, {
@@ -476,7 +490,7 @@ class Agent:
                 "loadSession": self.habits.get("load_session", True),
                 "promptCapabilities": prompts,
                 "mcpCapabilities": {"http": True, "sse": False},
-                "sessionCapabilities": {},
+                "sessionCapabilities": {"list": {}} if self.habits.get("lists") else {},
                 "auth": {},
             },
             "authMethods": self.habits.get("auth_methods", []),
@@ -539,8 +553,39 @@ class Agent:
         self.choose_model(session, field(params, "value", str))
         self.respond(request_id, {"configOptions": self.config_options(session)})
 
+    def kiro_session_list(self, request_id, params):
+        sessions = self.listed(params)
+        self.respond(request_id, {"sessions": sessions} if type(sessions) is list else sessions)
+
+    def session_list(self, request_id, params):
+        if not self.habits.get("lists"):
+            raise Violation("session/list was not announced")
+        sessions, start = self.listed(params), int(params.get("cursor", "0"))
+        page = [{**session, "cwd": params["cwd"]} for session in sessions[start:start + 10]]
+        more = {"nextCursor": str(start + 10)} if start + 10 < len(sessions) else {}
+        self.respond(request_id, {"sessions": page, **more})
+
+    def listed(self, params):
+        """The folder's sessions, the oldest first, or what the habit `listed` says."""
+        cwd, listed = field(params, "cwd", str), self.habits.get("listed")
+        if type(listed) is int:
+            return [{"sessionId": f"made-up-{number}", "title": f"Number {number}",
+                     "updatedAt": f"2026-01-01T00:{number // 200:02}:{number % 200 // 4:02}.{number % 4}Z"}
+                    for number in range(listed)]
+        return listed if listed is not None else [session.entry() for session in self.kept_sessions(cwd)]
+
+    def kept_sessions(self, cwd):
+        for name in os.listdir(self.folder):
+            session = Session(self.folder, name.removesuffix(".json"), 0)
+            if name.endswith(".json") and session.has_turns():
+                session.open()
+                if session.settings["cwd"] == cwd:
+                    yield session
+
     METHODS = {
         "initialize": initialize,
+        "_kiro.dev/session/list": kiro_session_list,
+        "session/list": session_list,
         "session/new": session_new,
         "session/load": session_load,
         "session/set_model": session_set_model,
@@ -677,14 +722,31 @@ JUNK = [
 DEMO = """\
 You wrote: **{text}**
 
-I am the stand-in agent of the tests, so that is all I can say about it. Write `help` to see what I can be told to do.
+I am the stand-in agent of the tests, so that is all I can say about it. Write `help` to see what I can play.
 """
 
 HELP = """\
-I am the stand-in agent of the tests. Lines that start with `!` tell me what to do:
+I am the stand-in agent of the tests. Write one of these words:
+
+{plays}
+
+`help all` tells the rest.
+"""
+
+HELP_ALL = """\
+Lines that start with `!` tell me what to do:
 
 {directives}
 """
+
+PLAYS = {  # a word that a visitor writes: what it shows, and how
+    "ask": ("I ask for permission to do something", "!ask Running: npm test\n!say That was your decision."),
+    "table": ("an answer with a table and code",
+              r"!say Three animals:\n\n| animal | legs |\n|---|---|\n| dog | 4 |\n| hen | 2 |\n\n```python\nprint(4 + 2)\n```"),
+    "file": ("I make a file and send it to you",
+             '!file animals.txt dog 4, hen 2\n!say Here it is. <send_file path="animals.txt">Animals</send_file>'),
+    "slow": ("half a minute of numbers, which you can stop", "!chunks 120 4 0.25"),
+}
 
 
 def numbered_chunk(number, size):
@@ -746,6 +808,9 @@ class Turn:
 
     def perform(self):
         script = [step for block in self.prompt for step in directives(block.get("text", ""))]
+        if not self.agent.control:
+            _, play = PLAYS.get(self.text().strip().lower(), ("", ""))
+            script += directives(play)
         for name, rest in script:
             directive = getattr(self, "do_" + name, None)
             if directive is None:
@@ -770,8 +835,11 @@ class Turn:
             self.notify("clear/status", status={"type": "completed"})
         elif self.agent.control:
             self.stream(f"echo: {text}", 12, 0)
+        elif text.strip().lower() == "help all":
+            self.stream(HELP_ALL.format(directives=self.usage()), 40, 0.02)
         elif "help" in text.lower():
-            self.stream(HELP.format(directives=self.usage()), 40, 0.02)
+            plays = "\n".join(f"- `{word}`: {what}" for word, (what, _) in PLAYS.items())
+            self.stream(HELP.format(plays=plays), 40, 0.02)
         else:
             self.stream(DEMO.format(text=text), 8, 0.02)
 
@@ -838,6 +906,10 @@ class Turn:
     def do_say(self, text):
         """`!say TEXT`: one chunk of text; \\n is a line break."""
         self.say(text.replace("\\n", "\n"))
+
+    def do_block(self, content):
+        """`!block JSON`: one chunk with this content: an image, a link, a resource."""
+        self.agent.update(self.session.id, {"sessionUpdate": "agent_message_chunk", "content": json.loads(content)})
 
     def do_chunks(self, numbers):
         """`!chunks N SIZE [SECONDS]`: N numbered chunks of SIZE characters, with a pause after each."""
@@ -935,6 +1007,12 @@ class Turn:
             "sessionId": self.session.id, "toolCall": call, "options": options, "_meta": {"trustOptions": []}})
         self.act_on(self.chosen(answer, options))
 
+    def do_ask_many(self, count):
+        """`!ask_many N`: ask N permissions at once, and wait for none of them."""
+        for number in range(int(count)):
+            self.agent.ask("session/request_permission", {"sessionId": self.session.id, "options": self.options(),
+                                                          "toolCall": {"toolCallId": new_id(), "title": f"do {number}."}})
+
     def options(self):
         kinds = [("allow_once", "Yes"), ("allow_always", "Always"), ("reject_once", "No")]
         hyphens = self.agent.habits.get("permission_ids") == "hyphens"
@@ -961,11 +1039,27 @@ class Turn:
             if self.agent.habits.get("refusal") == "cancelled":
                 raise TurnOver("cancelled")
 
+    def do_elicit(self, params):
+        """`!elicit JSON`: ask what the JSON says (mode, message, requestedSchema, url); say the answer."""
+        params = {"mode": "form", "message": "How?", **json.loads(params)}
+        announced = self.agent.client.get("elicitation", {})
+        if params["mode"] in ("form", "url") and not isinstance(announced.get(params["mode"]), dict):
+            raise Violation(f"elicitation of mode {params['mode']} was not announced")
+        answer = self.wait_for_reply("elicitation/create", {"sessionId": self.session.id, **params})
+        result = answer.get("result")
+        if not isinstance(result, dict) or result.get("action") not in ("accept", "decline", "cancel"):
+            raise Violation(f"elicitation/create was answered with {answer}")
+        if ("content" in result) != (result["action"] == "accept" and params["mode"] == "form"):
+            raise Violation(f"elicitation/create was answered with {answer}")
+        self.say(f"elicited: {result['action']} {json.dumps(result.get('content'), ensure_ascii=False)}\n")
+
     def do_late_ask(self, _):
-        """`!late_ask`: ask a permission after the turn's end."""
+        """`!late_ask`: ask a permission, and what a form asks, after the turn's end."""
         call = {"toolCallId": "tooluse_late", "title": "Running: late"}
         params = {"sessionId": self.session.id, "toolCall": call, "options": self.options()}
         self.afterwards.append(lambda: self.agent.ask("session/request_permission", params))
+        params = {"sessionId": self.session.id, "mode": "form", "message": "late?", "requestedSchema": {}}
+        self.afterwards.append(lambda: self.agent.ask("elicitation/create", params))
 
     def do_request(self, method):
         """`!request METHOD`: make a request that the client doesn't know, and say with which code it was refused."""
@@ -984,6 +1078,10 @@ class Turn:
         """`!context PERCENT`: so much of the context is used."""
         self.session.settings["context"] = float(percent)
         self.session.save()
+
+    def do_title(self, title):
+        """`!title TEXT`: the session's title; \\n is a line break."""
+        self.agent.update(self.session.id, {"sessionUpdate": "session_info_update", "title": title.replace("\\n", "\n")})
 
     def do_credits(self, values):
         """`!credits A B`: what the turn costs."""
@@ -1082,6 +1180,11 @@ class Turn:
         self.agent.wire.note("out", line)
         self.agent.wire.write_line(line.encode())
 
+    def do_raw_file(self, name):
+        """`!raw_file NAME`: the file NAME of the control folder on stdout, as it is."""
+        with open(os.path.join(self.agent.control or "", name), "rb") as file:
+            self.agent.wire.write_line(file.read().strip())
+
     def do_close_stdout(self, _):
         """`!close_stdout`: stdout ends, the process doesn't."""
         os.close(1)
@@ -1103,7 +1206,7 @@ class Turn:
                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout.readline()
 
 
-if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["kills"], ["watch"]):
+if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["load"], ["kills"], ["watch"]):
     Agent().run()
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1113,8 +1216,10 @@ if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["kills"], ["watc
 import collections
 import contextlib
 import http.server
+import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import socket
@@ -1331,6 +1436,7 @@ PARAMETERS = {
     "sendMessage": {**SENDING, **TEXT, "link_preview_options": dict},
     "sendMessageDraft": {**TARGET, **TEXT, "draft_id": int, "can_stop": bool, "keep_on_stop": bool},
     "sendRichMessage": {**SENDING, "rich_message": dict},
+    "sendChatAction": {**TARGET, "action": str},
     "sendPhoto": {**SENDING, **CAPTION, "has_spoiler": bool, "show_caption_above_media": bool},
     "sendDocument": {**SENDING, **CAPTION, "disable_content_type_detection": bool},
     "editMessageText": {"chat_id": int, "message_id": int, **TEXT, "link_preview_options": dict,
@@ -1338,6 +1444,7 @@ PARAMETERS = {
     "answerCallbackQuery": {"callback_query_id": str, "text": str, "show_alert": bool, "url": str, "cache_time": int},
     "setMessageReaction": {"chat_id": int, "message_id": int, "reaction": list, "is_big": bool},
     "getFile": {"file_id": str},
+    "editForumTopic": {**TARGET, "name": str, "icon_custom_emoji_id": str},
 }
 REQUIRED = {"chat_id", "draft_id", "message_id", "callback_query_id", "file_id", "commands"}
 EXPECTED_UPDATES = {"message", "edited_message", "callback_query", "stopped_message_generation"}
@@ -1355,7 +1462,7 @@ def typed(name, value, kind):
     if isinstance(value, str) and kind in (list, dict):
         value = json.loads(value)
     elif isinstance(value, str) and kind is bool:
-        value = {"true": True, "false": False}.get(value, value)
+        value = {"True": True, "False": False}.get(value, value)
     elif isinstance(value, str) and kind is int:
         value = int(value)
     if type(value) is not kind:
@@ -1402,6 +1509,7 @@ class BotApi:
         self.last_id = 100  # of messages, topics and callback queries
         self.chats = {}  # chat id -> chat
         self.topics = set()  # (chat id, thread)
+        self.names = {}  # (chat id, thread) -> the topic's name, where it is known
         self.messages = {}  # (chat id, message id) -> message, as it is now
         self.queries = set()  # ids of the callback queries that can be answered
         self.files = {}  # file id -> (path, bytes, size)
@@ -1457,11 +1565,22 @@ class BotApi:
         self.garbled.extend(garbled_lines(markdown))
 
     def check_markup(self, markup):
-        for button in (button for row in markup.get("inline_keyboard", []) for button in row):
+        buttons = [button for row in markup.get("inline_keyboard", []) for button in row]
+        if len(buttons) > 100 or len(json.dumps(markup, ensure_ascii=False).encode()) > 10_000:
+            raise bad_request("REPLY_MARKUP_TOO_LONG")
+        for button in buttons:
             data = button.get("callback_data", "")
             if not button.get("text", "").strip():
                 raise bad_request("inline keyboard button text must be non-empty")
-            if not 1 <= len(data.encode()) <= 64:
+            if len({"callback_data", "copy_text", "url"} & set(button)) != 1:
+                raise bad_request("BUTTON_TYPE_INVALID")
+            if "copy_text" in button and not 1 <= len(button["copy_text"]["text"]) <= 256:
+                raise bad_request("BUTTON_COPY_TEXT_INVALID")
+            if button.get("style", "primary") not in ("primary", "success", "danger"):
+                raise bad_request("BUTTON_STYLE_INVALID")
+            if "url" in button and not GOOD_TARGET.match(button["url"]):
+                raise bad_request("BUTTON_URL_INVALID")
+            if "callback_data" in button and not 1 <= len(data.encode()) <= 64:
                 raise bad_request("BUTTON_DATA_INVALID")
 
     def send(self, params, **content):
@@ -1568,6 +1687,12 @@ class BotApi:
         self.check_text(call.params.get("text", ""))
         return True
 
+    def sendChatAction(self, call):
+        self.chat(call.params)
+        if call.params.get("action") != "typing":
+            raise bad_request("wrong parameter action in request")
+        return True
+
     def sendRichMessage(self, call):
         rich = call.params.get("rich_message") or {}
         self.check_rich(rich)
@@ -1623,6 +1748,17 @@ class BotApi:
         return True
 
     # -- files and topics
+
+    def editForumTopic(self, call):
+        key = self.chat(call.params)["id"], call.params.get("message_thread_id")
+        name = call.params.get("name", "")
+        if key not in self.topics:
+            raise bad_request("TOPIC_ID_INVALID")
+        if not 1 <= len(name) <= 128 or name == self.names.get(key):
+            raise bad_request("TOPIC_NOT_MODIFIED")
+        self.names[key] = name
+        self.post(self.ME, key[1], self.chats[key[0]], forum_topic_edited={"name": name})
+        return True
 
     def getFile(self, call):
         if call.params["file_id"] not in self.files:
@@ -1950,6 +2086,13 @@ class Telegram(BotApi):
                 self.topics.add((chat["id"], thread))
         return chat
 
+    def name_topic(self, thread, name, created=True, user=ALICE, **fields):
+        """A person opens a topic with this name, or gives it to one; is_name_implicit=True: it is what they wrote there."""
+        with self.changed:
+            self.names[user["id"], thread] = name
+        news = {"name": name, "icon_color": 7322096, **fields} if created else {"name": name}
+        return self.post(user, thread, **{"forum_topic_created" if created else "forum_topic_edited": news})
+
     def delete_topic(self, thread, user=ALICE):
         """A person deletes a topic: the bot is not told."""
         with self.changed:
@@ -2153,7 +2296,7 @@ def png(width=4, height=4):
 # ---------------------------------------------------------------------------------------------------------
 
 REPO = Path(__file__).resolve().parent
-KIRO_COMMAND = f"{shlex.quote(sys.executable)} -m {Path(__file__).stem} acp --agent-engine v2"
+KIRO_COMMAND = f"{shlex.quote(sys.executable)} -S -m {Path(__file__).stem} acp --agent-engine v2"
 
 
 def wait_until(condition, timeout=10, what="the condition"):
@@ -2240,7 +2383,7 @@ class Bot:
 
     def change(self, statements):
         """From now on run the bot after these statements, which may break it; returns self."""
-        program = f"import bot, re, sessions; {statements}; bot.start"
+        program = f"import bot, re, sessions; {statements or None}; bot.start"
         self.command = lambda *arguments: [sys.executable, "-c", f"{program}({list(arguments)})"]
         return self
 
@@ -2262,7 +2405,8 @@ class Bot:
 
     def run(self, *arguments, input="", timeout=30, **settings):
         """Run `bot.py` with these arguments to its end; returns the CompletedProcess, with its output as text."""
-        self.set(**settings)
+        if settings:  # several may run at once, and read what would be written
+            self.set(**settings)
         return subprocess.run(self.command(*arguments), cwd=self.folder, env=self.environment(), input=input,
                               capture_output=True, text=True, timeout=timeout)
 
@@ -2425,6 +2569,33 @@ class Bot:
                               when=lambda entry: containing in json.dumps(entry["frame"], ensure_ascii=False))
 
 
+class Typist:
+    """A person at a terminal in which a program runs."""
+
+    def __init__(self, command, **how):
+        self.screen, terminal = pty.openpty()
+        self.process = subprocess.Popen(["setsid", "--ctty", *command], stdin=terminal, stdout=terminal, stderr=terminal, **how)
+        os.close(terminal)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
+    def type(self, keys, until="> ", timeout=10):
+        """Type this, and wait for a text on the screen; returns all that came up to it."""
+        os.write(self.screen, keys.encode())
+        shown, deadline = b"", time.monotonic() + timeout
+        while until.encode() not in shown:
+            if not select.select([self.screen], [], [], max(deadline - time.monotonic(), 0))[0]:
+                raise AssertionError(f"no {until!r} on the screen, but {shown.decode(errors='replace')!r}")
+            shown += os.read(self.screen, 1)
+        return shown.decode(errors="replace")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The benchmark
 # ---------------------------------------------------------------------------------------------------------
@@ -2522,6 +2693,70 @@ def thirty_topics(bot, telegram):
     print("thirty topics used once: memory {:.1f} -> {:.1f} MB, threads {} -> {}, descriptors {} -> {}".format(
         *(number for pair in zip(before, after) for number in pair)))
     bot.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The load: many people at once
+# ---------------------------------------------------------------------------------------------------------
+
+QUICK_AGENT = r"""
+while read -r line; do
+    id=${line#*\"id\": }
+    case $line in
+        *'"method": "initialize"'*) result='{"protocolVersion": 1, "agentCapabilities": {"loadSession": true}}';;
+        *'"method": "session/new"'*) result="{\"sessionId\": \"quick-$$\"}";;
+        *'"method": "session/prompt"'*) result='{"stopReason": "end_turn"}'
+            echo '{"method": "session/update", "params": {"update": {"sessionUpdate": "agent_message_chunk",' \
+                 '"content": {"type": "text", "text": "At your service."}}}}';;
+        *) result='{}';;
+    esac
+    echo "{\"jsonrpc\": \"2.0\", \"id\": ${id%%,*}, \"result\": $result}"
+done
+"""
+PEOPLE, TOPICS_EACH = 50, 4
+
+
+def load(count=5000):
+    """Let everybody write the next message as soon as the last is answered, by an agent that does so at once."""
+    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
+        people = [{**ALICE, "id": 2000 + number} for number in range(PEOPLE)]
+        (Path(folder) / "agent").write_text(QUICK_AGENT)
+        bot = Bot(folder, telegram, KIRO_COMMAND=f"sh {folder}/agent", MAX_PROCESSES=8, WARM_SECONDS=0,
+                  ALLOWED_TELEGRAM_IDS=",".join(str(person["id"]) for person in people), LOG_LEVEL="WARNING").start()
+        try:
+            at_start, begun, threads = bot.rss(), time.monotonic(), []
+            for answered in answers(telegram, people, count):
+                threads += [bot.threads()] if answered % 100 == 0 else []
+            seconds, busy = time.monotonic() - begun, bot.cpu()
+            print(f"{count} messages in {PEOPLE * TOPICS_EACH} topics: {count / seconds:.0f} a second, "
+                  f"{1000 * busy / count:.1f} ms of processor time each; threads: at most {max(threads)}")
+            after, left, _ = at_rest(bot)
+            size = (bot.folder / "tg-acp.db").stat().st_size
+            print(f"afterwards: memory {at_start:.1f} -> {after:.1f} MB, {left} threads, database {size / 2**20:.1f} MB")
+            bot.stop()
+        finally:
+            bot.clean_up()
+
+
+def answers(telegram, people, count):
+    """Write `count` messages, one at a time in each topic; yields how many are answered, each time that one is."""
+    topics = [(person, thread) for person in people for thread in range(1, TOPICS_EACH + 1)]
+    to_write, names, position = iter(range(count)), {person["id"]: person for person in people}, telegram.mark()
+    for person, thread in topics:
+        telegram.write(f"message {next(to_write)}", user=person, thread=thread)
+    for answered in range(1, count + 1):
+        with telegram.changed:
+            while not (call := next_answer(telegram, position)):
+                assert telegram.changed.wait(30), f"only {answered} answers"
+            position = call.number + 1
+        if (number := next(to_write, None)) is not None:
+            telegram.write(f"message {number}", user=names[call.params["chat_id"]], thread=call.thread)
+        yield answered
+
+
+def next_answer(telegram, position):
+    """The first message with the agent's words from this call on, or None."""
+    return next((call for call in telegram.calls[position:] if call.method == "sendMessage" and call.text == "At your service."), None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2637,8 +2872,8 @@ class Soak:
 
 
 if __name__ == "__main__":
-    run, arguments = {"bench": bench, "kills": kills, "watch": watch}[sys.argv[1]], sys.argv[2:]
-    raise SystemExit(run(*(map(int, arguments) if run is kills else arguments)))
+    run, arguments = {"bench": bench, "load": load, "kills": kills, "watch": watch}[sys.argv[1]], sys.argv[2:]
+    raise SystemExit(run(*(arguments if run is watch else map(int, arguments))))
 
 # ---------------------------------------------------------------------------------------------------------
 # The tests: fixtures
@@ -2664,7 +2899,7 @@ def bot_with(constants=None, **settings):
 class Spares:
     """The bots of the next few tests, started while the tests before them still run."""
 
-    AHEAD = 3
+    AHEAD = 12
 
     def __init__(self, folders, tests):
         folders.getbasetemp()  # made now, since two threads at once would both make it
@@ -2676,8 +2911,7 @@ class Spares:
         constants, settings = getattr(test.function, "bot_with", ({}, {}))
         telegram = Telegram()
         bot = Bot(self.folders.mktemp("bot"), telegram, **settings)
-        if constants:
-            bot.hurry(**constants)
+        bot.hurry(**constants)  # also without: bot.py need not start itself anew; tests that make their bots see to that
         return telegram, bot.start()
 
     def take(self, test):
@@ -2806,7 +3040,7 @@ def test_a_session_of_an_earlier_version_may_have_a_history(tmp_path):
         with SessionStore(str(path)) as store:
             store.upsert_session(1, 7, "new", "/w")
             assert store.get_facts("unknown") == (True, False, False) and store.get_facts("new") == (False, False, False)
-            assert store.get_facts("known") == (False, True, False)
+            assert store.get_facts("known") == (True, False, False)
     with SessionStore(str(path)) as store:
         store.set_facts("new", ended=True, taught=True, in_sight=True)
         store.upsert_session(1, 7, "new", "/elsewhere")
@@ -2833,7 +3067,7 @@ def test_many_threads_use_a_store_at_once(store):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(use, range(8)))
-    assert store.count_sessions() == 80
+    assert len(store.session_ids()) == 80
 
 
 GOOD = {"BOT_TOKEN": TOKEN}
@@ -2843,6 +3077,7 @@ GOOD = {"BOT_TOKEN": TOKEN}
     ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"),
     ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("ALLOWED_TELEGRAM_IDS", "-5"),
     ("KIRO_COMMAND", 'kiro "acp'),
+    ("ALLOWED_FOLDERS", "~/src, work"), ("ALLOWED_FOLDERS", "~nobody-here"),
     ("MAX_PROCESSES", "0"), ("MAX_PROCESSES", "2.5"), ("START_SECONDS", "0"), ("WORKSPACE_BASE_PATH", "~no.such.user/x"),
     ("WARM_SECONDS", "-1"), ("WARM_SECONDS", "nan"),
     ("TOOL_APPROVAL", "maybe"),
@@ -2876,7 +3111,7 @@ BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORK
 def said_by(process):
     """What a bot said before it ended, but for what it found."""
     try:
-        return [line for line in process.communicate(timeout=5)[1].splitlines() if " INFO " not in line]
+        return [line for line in process.communicate(timeout=20)[1].splitlines() if " INFO " not in line]
     except subprocess.TimeoutExpired:
         raise AssertionError("the bot runs with such a setting") from None
 
@@ -3007,7 +3242,8 @@ def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, bot):
     telegram.answer("echo: more", after=waiting)
     settle(bot)
     assert "Nothing is running" in ask(telegram, "/status")
-    assert {command["command"] for command in telegram.commands} == {"new", "stop", "model", "status", "help"}
+    assert {command["command"] for command in telegram.commands} == {"new", "stop", "model", "folder", "sessions", "status", "get",
+                                                                       "help"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3046,16 +3282,17 @@ def test_a_draft_appears_at_once_and_grows(telegram, bot):
     assert telegram.drafts(7, after=answer)[0].params["draft_id"] != first.params["draft_id"]
 
 
+@bot_with(dict(FRAME_SECONDS=0.6))
 def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
     for thread in (7, 8):
-        telegram.write("!chunks 34 50 0.05", thread=thread)
+        telegram.write("!chunks 16 50 0.05", thread=thread)
     for thread in (7, 8):
-        telegram.answer("00033", thread=thread)
+        telegram.answer("00015", thread=thread)
     drafts = telegram.drafts()
     firsts = {draft.params["draft_id"]: draft for draft in reversed(drafts)}.values()
     paced = [draft for draft in drafts if draft not in firsts]
     gaps = [draft.time - drafts[drafts.index(draft) - 1].time for draft in paced]
-    assert paced and min(gaps) > 1.4
+    assert paced and min(gaps) > 0.5
 
 
 @bot_with(QUICK)
@@ -3093,6 +3330,18 @@ def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, bot):
     telegram.answer(f"{89:099d}", thread=7)
     last = telegram.answer(f"{89:099d}", thread=7)
     assert not telegram.drafts(after=last)
+
+
+@bot_with({**QUICK, "TYPING_SECONDS": 0.15})
+def test_a_server_without_drafts_is_asked_once_and_shows_that_kiro_types(telegram, bot):
+    telegram.fault(DRAFT, status=500)
+    lacking = telegram.fault(DRAFT, status=404, description="Not Found: method not found", times=None)
+    telegram.write("!chunks 20 30 0.02\n!wait gate\n!say done", thread=7)
+    signs = [telegram.wait_for("sendChatAction", thread=7, count=count) for count in (1, 2, 3, 4)]
+    bot.open_gate("gate")
+    telegram.answer("done", thread=7)
+    assert lacking.hits == 1
+    assert signs[-1].time - signs[0].time >= 0.4
 
 
 @bot_with(QUICK)
@@ -3261,6 +3510,69 @@ def test_what_went_as_edited_is_not_run_again_at_the_next_start(telegram, bot):
     assert ask(telegram, "next") == "echo: next" and len(bot.prompts()) == 3
 
 
+def test_what_waits_can_be_taken_back(telegram, bot):
+    telegram.write("!wait gate\n!say first", thread=7)
+    bot.wait_prompt("!wait gate")
+    with telegram.batch_of_updates():
+        for n in range(1000):
+            telegram.write(f"message {n} \u202e" + "x" * 100 if n else "message\n0", thread=7)
+    wait_until(lambda: len(states(bot)) == 1001, what="all messages", timeout=20)
+    telegram.write("/status", thread=7)
+    status = telegram.answer("and 992 more", thread=7)
+    shown = ["message 0", *(f"message {n} \\u202e" + "x" * 24 + "…" for n in range(1, 8))]
+    assert status.text.splitlines()[1:9] == [f"Waiting: {text}" for text in shown]
+    assert offers(telegram, status) == [f"Remove: {text}" for text in shown]
+    query, again = telegram.press(status, "message 1"), telegram.press(status, "message 1")
+    assert toast(telegram, query) == "Removed" and toast(telegram, again) == "This is over."
+    data = telegram.buttons(status)[0]["callback_data"]
+    telegram.press(status, user=BOB, data=data)
+    bot.open_gate("gate")
+    prompt = bot.wait_prompt("message 2 ")["frame"]["params"]["prompt"][0]["text"]
+    assert "message 1 " not in prompt and "message 2 " in prompt
+    settle(bot)
+
+
+@bot_with(MAX_PROCESSES=1)
+def test_a_command_behind_a_message_that_was_taken_back_is_still_one(telegram, bot):
+    telegram.write("!wait gate\n!say first", thread=8)
+    bot.wait_prompt("!wait gate")
+    telegram.write("second", thread=7)
+    telegram.wait_for(DRAFT, containing="place", thread=7)
+    telegram.write("/new", thread=7)
+    telegram.write("/status", thread=7)
+    query = telegram.press(telegram.answer("Waiting: second", thread=7), "Remove: second")
+    assert toast(telegram, query) == "Removed"
+    bot.open_gate("gate")
+    telegram.answer("A new session has begun", thread=7)
+
+
+@bot_with(MAX_PROCESSES=1)
+def test_the_only_message_of_a_turn_that_waits_for_a_place_can_be_taken_back(telegram, bot):
+    telegram.write("!wait gate\n!say first", thread=8)
+    bot.wait_prompt("!wait gate")
+    telegram.write("second", thread=7)
+    telegram.wait_for(DRAFT, containing="place", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.press(telegram.answer("Waiting: second", thread=7), "Remove")
+    wait_until(lambda: states(bot)[1:] == ["done", "done"], what="the end of what was removed")
+    bot.open_gate("gate")
+    telegram.answer("first", thread=8)
+    assert ask(telegram, "third") == "echo: third"
+    assert len(telegram.texts(7)) == 2 and len(bot.prompts()) == 2
+
+
+def test_a_command_behind_what_was_taken_back_is_still_the_bots(telegram, bot):
+    bot.habits(initialize={"gate": "begin"})
+    for text in ("first", "/new"):
+        telegram.write(text, thread=7)
+    telegram.write("/status", thread=7)
+    telegram.press(telegram.answer("Waiting: first", thread=7), "Remove: first")
+    telegram.wait_for("answerCallbackQuery")
+    bot.open_gate("begin")
+    telegram.answer("A new session has begun", thread=7)
+    assert ask(telegram, "second") == "echo: second" and len(bot.prompts()) == 1
+
+
 def test_a_reply_outside_topics_stays_outside(telegram, bot):
     first = telegram.write("first")
     telegram.answer("echo: first", thread=None)
@@ -3296,6 +3608,29 @@ def test_twelve_topics_share_three_places(telegram, bot):
     assert most_at_once(bot) == 3
 
 
+@bot_with(dict(FRAME_SECONDS=0.02), MAX_PROCESSES=2, WARM_SECONDS=0)
+def test_a_free_place_goes_to_whoever_holds_fewest(telegram, bot):
+    for thread in range(1, 7):
+        telegram.write(f"!wait go{thread}\n!say topic {thread}", thread=thread)
+        if thread < 3:
+            bot.wait_prompt(f"!wait go{thread}")
+    for thread in range(3, 7):
+        telegram.wait_for(DRAFT, thread=thread, containing="Waiting for a free place")
+    telegram.write("!say mine", user=BOB, thread=6)
+    telegram.wait_for(DRAFT, user=BOB, thread=6, containing="Waiting for a free place…")
+    bot.open_gate("go1")
+    telegram.answer("mine", user=BOB, thread=6)
+    telegram.wait_for(DRAFT, thread=6, containing="Waiting for a free place, 2 ahead…")  # 4 and 5: now 3 has Bob's
+    bot.wait_prompt("!wait go3")
+    for thread in range(2, 7):
+        bot.open_gate(f"go{thread}")
+    for thread in range(1, 7):
+        telegram.answer(f"topic {thread}", thread=thread)
+    order = [next(name for name in ("mine", *(f"topic {thread}" for thread in range(1, 7))) if name in prompt)
+             for prompt in bot.prompts()]
+    assert order[:4] == ["topic 1", "topic 2", "mine", "topic 3"]
+
+
 def test_errands_of_one_topic_hold_up_no_other(telegram, bot):
     stuck = telegram.fault("sendMessage", hang=10, times=None, when=lambda call: call.thread == 7)
     for _ in range(5):
@@ -3304,6 +3639,14 @@ def test_errands_of_one_topic_hold_up_no_other(telegram, bot):
     telegram.write("/status", thread=8)
     telegram.answer(thread=8, timeout=3)
     stuck.end()
+
+
+def test_a_warm_process_stays_while_there_are_free_places(telegram, bot):
+    ask(telegram, "hello")
+    warm = bot.wait_wire("in", "session/load")["pid"]
+    ask(telegram, "elsewhere", 8)
+    ask(telegram, "again")
+    assert bot.wait_prompt("again")["pid"] == warm
 
 
 @bot_with(MAX_PROCESSES=1)
@@ -3417,11 +3760,10 @@ MARKDOWN = [
     ("a\n    $ 1", "a  \n    \\$ 1"),
     ("```markdown\n1. Step\n\n    ```sh\n    echo\n    ```\n```\n\nafter [x](rel.md) costs $5 and $6",
      "```markdown\n1. Step\n\n    ```sh\n    echo\n    ```\n```\n\nafter x (`rel.md`) costs \\$5 and \\$6"),
-    ("> ```\n> code\nout [x](y.md) $5 and $6", "> ```\n> code\n> ```\nout x (`y.md`) \\$5 and \\$6"),
-    ("- ```\n  $x\nout $5", "- ```\n  $x\n  ```\nout \\$5"),
+    ("> ```\n> code\nout [x](y.md) $5 and $6", "> ```\n> code\nout x (`y.md`) \\$5 and \\$6"),
+    ("- ```\n  $x\nout $5", "- ```\n  $x\nout \\$5"),
     ("1. > ```\n   > $x\n   > ```\n   $5", "1. > ```\n   > $x\n   > ```\n   \\$5"),
-    ("```\n$x", "```\n$x\n```"),
-    ("Text? | A | B |\n|---|---|\n| 1 | 2 |", "Text? | A | B |  \n|---|---|  \n| 1 | 2 |"),
+    ("Text? | A | B |\n|---|---|\n| 1 | 2 |", "Text? | A | B |  \n|---|---|  \n| 1 | 2 | "),
     ("|| A | B |\n|---|---|---|\n| x || 2 |", "| | A | B |\n|---|---|---|\n| x | | 2 |"),
     ("a | b\n--|--\n1 | $2", "a | b\n--|--\n1 | \\$2"),
     ("Table:\n| a |\n|-|\n| b |\nc\n\nd\ne", "Table:\n| a |\n|-|\n| b |\nc\n\nd  \ne"),
@@ -3439,7 +3781,7 @@ MARKDOWN = [
     ('[a](https://e.com "t") [`x.py`](src/x.py#L1) [b]() ![c](d.png) ![e](https://e.com/f) [g](h i)',
      "[a](https://e.com) `src/x.py#L1` b c (`d.png`) [e](https://e.com/f) [g]\\(h i)"),
     ("`a $\n$ b` $ \\$ `` ` $ ``", "`a $\n$ b` \\$ \\$ `` ` $ ``"),
-    ("a\n2. b\n#c ==d== ||e||\n[x]: y z", "a  \n2\\. b  \n\\#c \\=\\=d\\=\\= \\|\\|e\\|\\|  \n\\[x]: y z"),
+    ("a\n2. b\n#c ==d== ||e||\n[x]: y z", "a  \n2. b  \n\\#c \\=\\=d\\=\\= \\|\\|e\\|\\|  \n\\[x]: y z"),
 ]
 
 
@@ -3458,6 +3800,11 @@ def test_what_kiro_writes_means_the_same_to_telegram(source, sent):
     ("#1", False), ("$5 <a>", False), ("> " * 20 + "a", False), ("", False)])
 def test_what_is_markdown(text, is_rich):
     assert program.has_markdown(text) == is_rich
+
+
+def rich_pieces(text):
+    """The Markdown of the rich messages that a text becomes, before it is made safe."""
+    return program.split_text(program.resolved(text), program.RICH_LIMIT, program.RICH_SHORT, program.RICH_BLOCKS)
 
 
 PHRASES = ["{}", "**{}**", "`{} $x`", "`` {} ` ``", "[{}](https://example.com/a_b)", "[{}](src/a.py)", "${}", "=={}==", "a||{}",
@@ -3494,7 +3841,7 @@ def random_document(chance, number, depth=0):
     return "\n\n".join(block() for _ in range(chance.randint(1, 4)))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_of_no_document_is_a_word_lost_or_code_changed(seed):
     chance = random.Random(seed)
     for _ in range(500):
@@ -3504,22 +3851,24 @@ def test_of_no_document_is_a_word_lost_or_code_changed(seed):
         assert program.rich_safe(safe) == safe and re.findall(r"\b[wc]\d+", safe) == wanted
         assert set(re.findall(r"c\d+.*", text)) <= set(re.findall(r"c\d+.*", safe))
         limit = chance.choice([900, 2000, 4096])
-        for pieces in (list(program.split_text(text, limit)), list(program.rich_pieces(text))):
+        for pieces in (list(program.split_text(text, limit)), list(rich_pieces(text))):
             assert list(dict.fromkeys(re.findall(r"\b[wc]\d+", "\n".join(pieces)))) == wanted  # a head may be repeated
             for piece in pieces:
-                assert program.close_code(piece) == piece and len(program.rich_safe(piece)) <= 32768
+                assert program.read(piece)[-1].kind not in ("fence", "code") and len(program.rich_safe(piece)) <= 32768
         assert all(len(piece) <= limit for piece in program.split_text(text, limit))
 
 
 def test_pieces_go_on_where_they_were_cut(telegram, bot):
     assert recite(telegram, bot, "**a**\r\n\r\n```\r\n$x\r\n```\r\n\r\n$y") == ["**a**\n\n```\n$x\n```\n\n\\$y"]
     table = "\n".join(["| a | b |", "|---|---|"] + [f"| {n} | {'x' * 90} |" for n in range(400)])
-    pieces = list(program.rich_pieces("Before.\n" + table + "\n\nAfter."))
+    pieces = list(rich_pieces("Before.\n" + table + "\n\nAfter."))
     assert pieces[0] == "Before." and all(piece.startswith("| a | b |\n|---|---|\n| ") for piece in pieces[1:-1])
-    assert len(list(program.rich_pieces("x\n\n" * 1000 + "\n".join(table.split("\n")[:200])))[-1]) > 18_000
-    numbered = list(program.rich_pieces("\n\n".join(f"1. {'word ' * 200}" for n in range(20))))
-    assert [piece.partition(".")[0] for piece in numbered] == ["1", "6", "11", "16"]
-    paragraphs = list(program.rich_pieces("\n\n".join("word " * 200 for _ in range(50))))
+    assert len(list(rich_pieces("x\n\n" * 1000 + "\n".join(table.split("\n")[:200])))[-1]) > 18_000
+    item = f"- a\n  1. b\n\n     ```sh\n{('     ' + 'x' * 90 + chr(10)) * 400}     ```\n\n     c\n"
+    first, *_, last = rich_pieces(item + "- d")
+    assert first == "- a\n  1. b" and last.startswith("- 1. ```sh\n     xxx")
+    assert last.endswith("x\n     ```\n\n     c\n- d")
+    paragraphs = list(rich_pieces("\n\n".join("word " * 200 for _ in range(50))))
     assert max(map(len, paragraphs)) <= 6000
     items = "\n".join(f"- item **{n}**" for n in range(300))
     assert "\n".join(recite(telegram, bot, items)) == items and not telegram.find("sendMessage")
@@ -3535,7 +3884,11 @@ def test_a_part_that_is_too_large_for_telegram_is_halved(telegram, bot):
 
 def test_of_a_very_long_answer_both_ends_are_shown_and_all_is_in_a_file(telegram, bot):
     text = "\n".join(f"line {n} of an answer without end" for n in range(30_000)) + "\nthe end"
+    proxy = telegram.fault("sendDocument", status=502, times=None)
     dictate(telegram, bot, text, 50_000)
+    wait_until(lambda: proxy.hits, 20)
+    bot.restart()  # what is left stands in the journal, with the file
+    proxy.end()
     telegram.answer("the end", thread=7)
     [file] = telegram.find("sendDocument")
     assert file.files["document"] == ("answer.md", text.encode()) and "messages are left out" in file.text
@@ -3576,6 +3929,31 @@ def test_markdown_is_made_safe_and_looks_right(telegram, bot):
     assert "![" not in part and "\\$5" in part and "&lt;word" in part
 
 
+def rings(call):
+    """Does the phone ring for this message?"""
+    return not call.params.get("disable_notification")
+
+
+@bot_with(dict(ASK_RETRY_SECONDS=0.2))
+def test_a_turn_rings_once(telegram, bot):
+    telegram.fault("sendMessage", status=500, when=lambda call: "Kiro wants to" in call.text)
+    note = '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"a note"}}\n'
+    bot.control_file("long", "".join(f"**line** {number}\n" for number in range(8000)))
+    refused = telegram.fault("sendRichMessage", status=400, when=lambda call: "7999" in call.text)
+    telegram.write(f"{note}!ask Running: make\n!recite long 5000", thread=7)
+    asked = telegram.answer("Kiro wants to", thread=7)
+    telegram.press(asked, "Yes")
+    telegram.answer("line** 7999", thread=7)
+    telegram.write('!say Here: <send_file path="missing">\n!say <send_file path="a.txt">' + "c" * 1100 + "</send_file>"
+                   '<send_file path="gone"></send_file>\n!file a.txt hello', thread=8)
+    telegram.answer("to send gone", thread=8)
+    telegram.write("/status", thread=9)
+    assert rings(asked) and rings(telegram.answer("Nothing is running", thread=9)) and refused.hits == 1
+    for thread, count in ((7, 6), (8, 4)):
+        told = [call for call in telegram.find(thread=thread) if call is not asked]
+        assert len(told) >= count and [rings(call) for call in told] == [False] * (len(told) - 1) + [True], told
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The tests: a session: models
 # ---------------------------------------------------------------------------------------------------------
@@ -3588,11 +3966,10 @@ def model_list(telegram, thread=7):
 
 
 def choose(telegram, listed, name):
-    """Press a model's button and wait until the list says so."""
+    """Press a model's button and wait until the bot says so, as it does when the name is written."""
     query = telegram.press(listed, name)
-    telegram.wait_for("answerCallbackQuery", after=query)
-    telegram.wait_for("editMessageText", after=query, containing="Model for this topic")
-    assert not telegram.buttons(listed)
+    assert toast(telegram, query) == "OK"
+    telegram.answer("Model for this topic: ", thread=7, after=query)
 
 
 def test_a_model_is_chosen_before_the_first_message(telegram, bot):
@@ -3625,8 +4002,7 @@ def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
     bot.habits(dialect=dialect, models=["auto", "short", long, long + "2"], forget_model=True)
     listed = model_list(telegram)
     assert len({button["callback_data"] for button in telegram.buttons(listed)}) == 4
-    telegram.press(listed, 2)
-    telegram.wait_for("editMessageText", containing="Model for this topic")
+    telegram.answer("Model for this topic: anth", thread=7, after=telegram.press(listed, 2))
     assert row_of(bot)["model"] == long
     assert ask(telegram, "hello") == "echo: hello"
     assert ask(telegram, "/model short").startswith("Model for this topic: short")
@@ -3638,6 +4014,12 @@ def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
     assert {frame["params"].pop("sessionId") for frame in setters} == {row_of(bot)["session_id"]}
     chosen = [{"configId": "llm", "value": model} if by_option else {"modelId": model} for model in (long, "short", "short")]
     assert [frame["params"] for frame in setters] == chosen
+
+
+def test_of_hundreds_of_models_those_that_fit_are_buttons(telegram, bot):
+    bot.habits(models=["auto", *(f"model {n} " + "x" * 60 for n in range(300))])
+    assert 30 < len(telegram.buttons(model_list(telegram))) <= 100
+    assert ask(telegram, "/model " + "model 299 " + "x" * 60).startswith("Model for this topic: model 299")
 
 
 def test_an_agent_that_names_no_models_has_none_to_choose_from(telegram, bot):
@@ -3683,7 +4065,8 @@ def test_kiro_is_told_no_model_where_nobody_chose_one(telegram, bot):
 
 def test_a_folder_that_is_gone_is_not_made_again_where_the_topic_has_its_own(telegram, bot):
     ask(telegram, "hello")
-    elsewhere = bot.folder / "elsewhere"
+    bot.wait_wire("in", "session/load")  # the warm process is not to load what is written now
+    elsewhere = bot.folder / "elsewhere" / "1001" / "7"
     with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as connection:
         connection.execute("UPDATE sessions SET workspace_path = ?", (str(elsewhere),))
     bot.restart()
@@ -3701,6 +4084,259 @@ def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
     bot.open_gate("go")
     telegram.answer("claude-haiku-4.5. Folder")
     assert ask(telegram, "!model") == "model: claude-haiku-4.5"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tests: a session: folders, former sessions, the terminal, titles
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An allowed folder: two projects, and what is none."""
+    source = tmp_path / "src"
+    for name in ("website", "notes", "notes/deep", ".hidden", "x" * 200):
+        (source / name).mkdir(parents=True)
+    (source / "file").write_text("")
+    (source / "out").symlink_to("/etc")
+    return source
+
+
+@pytest.fixture
+def project_bot(make_bot, source):
+    """A running bot whose topics may work in `source`."""
+    return make_bot(ALLOWED_FOLDERS=f"{source}, {source}/gone").start()
+
+
+def command(telegram, text, thread=7):
+    """Write a command, or press a button given as (message, button); returns the call that answers it."""
+    if isinstance(text, str):
+        return telegram.answer(thread=thread, after=telegram.write(text, thread=thread))
+    mark = telegram.mark()
+    telegram.press(*text)
+    return telegram.answer(thread=thread, after=mark)
+
+
+def test_a_topic_works_in_a_folder_that_is_allowed(telegram, project_bot, source):
+    bot = project_bot
+    bot.wait_log(f"ALLOWED_FOLDERS: there is no folder {source}/gone")
+    ask(telegram, "hello")
+    ask(telegram, "/model claude-haiku-4.5")
+    listed = command(telegram, "/folder")
+    assert f"works in {bot.workspace(7)}" in listed.text
+    names = ["This topic's own folder", str(source), f"{source}/notes", f"{source}/website", "x" * 60]
+    assert [button["text"].removeprefix("✓ ")[-60:] for button in telegram.buttons(listed)] == [name[-60:] for name in names]
+    assert telegram.buttons(listed)[0]["text"].startswith("✓")
+    begun = command(telegram, (listed, "website"))
+    assert "new session" in begun.text and f"Folder: {source}/website" in begun.text
+    assert row_of(bot)["workspace_path"] == f"{source}/website"
+    assert ask(telegram, "!file a.txt hi\n!model") == "model: claude-haiku-4.5"
+    assert (source / "website" / "a.txt").exists()
+    ceilings = [entry["frame"]["environment"]["GIT_CEILING_DIRECTORIES"] for entry in bot.wire("start")
+                if entry["frame"]["cwd"] == f"{source}/website"]
+    assert ceilings and not any(str(source) in ceiling for ceiling in ceilings)
+    telegram.send_file("document", b"data", "data.bin", thread=7)
+    assert f"{source}/website/uploads/data.bin" in telegram.answer("data.bin", thread=7).text
+    assert (source / "website" / "uploads" / ".gitignore").read_text() == "*\n"
+    (bot.workspace(7) / "own.txt").write_text("mine")
+    telegram.write(f'!say <send_file path="{bot.workspace(7)}/own.txt">x</send_file>', thread=7)
+    telegram.answer("outside of this topic's folder", thread=7)
+    bot.restart()
+    assert "2 before" not in ask(telegram, "!recall") and row_of(bot)["workspace_path"] == f"{source}/website"
+    back = command(telegram, (begun, "Back to the former session"))
+    assert f"Folder: {bot.workspace(7)}" in back.text and "“hello”" in back.text
+    assert "before: hello" in ask(telegram, "!recall")
+    assert command(telegram, "/folder notes/deep").text.endswith("/notes/deep")
+    assert command(telegram, "/folder src").text.endswith(f"Folder: {source}")
+    assert "works in" in command(telegram, f"/folder {source}").text
+
+
+def test_a_folder_that_no_topic_may_work_in_is_refused_with_the_reason(telegram, make_bot, source):
+    bot = make_bot(ALLOWED_FOLDERS=f"{source},{source.parent}").start()
+    ask(telegram, "hello")
+    (bot.workspace(8) / "deep").mkdir(parents=True)
+    before = row_of(bot)
+    for path in ("/etc", "../..", "out", "/", "a\0b", "../\u202e", "no-such", "file", "y" * 4000, f"{source}/no\nsuch",
+                 str(bot.folder), "bot", "bot/workspaces/1001", str(bot.workspace(8)), f"{bot.workspace(8)}/deep",
+                 str(bot.home), "home/.kiro", "home/.kiro/sessions", str(source.parent)):
+        refused = command(telegram, f"/folder {path}")
+        assert f"not among the allowed folders: {source}" in refused.text and telegram.buttons(refused), path
+        assert row_of(bot) == before
+
+
+def test_a_chosen_folder_that_is_gone_is_told_and_never_made(telegram, project_bot, source):
+    bot = project_bot
+    command(telegram, "/folder website")
+    ask(telegram, "hello")
+    settle(bot)
+    shutil.rmtree(source / "website")
+    bot.restart()
+    message = telegram.write("is it there?", thread=7)
+    failed = telegram.answer(f"{source}/website is missing", thread=7, after=message)
+    offered = telegram.answer("This topic works in", thread=7, after=message)
+    assert command(telegram, (offered, "own folder")).text.endswith(str(bot.workspace(7)))
+    telegram.press(failed, "Ask again")
+    telegram.answer("echo: is it there?", thread=7)
+    assert not (source / "website").exists()
+    bot.restart(ALLOWED_FOLDERS=None)
+    assert "ALLOWED_FOLDERS" in ask(telegram, "/folder") and "none. Whoever runs" in ask(telegram, f"/folder {source}")
+
+
+def test_a_topic_with_the_name_of_a_folder_starts_there(telegram, project_bot, source):
+    with telegram.batch_of_updates():
+        telegram.name_topic(7, "website")
+        telegram.write("hello", thread=7)
+        telegram.name_topic(8, "Nothing of the kind")
+        telegram.write("hello", thread=8)
+        telegram.name_topic(9, "notes", is_name_implicit=True)
+        telegram.write("notes", thread=9)
+    for thread, text in ((7, "hello"), (8, "hello"), (9, "notes")):
+        telegram.answer(f"echo: {text}", thread=thread)
+    assert f"Folder: {source}/website" in telegram.texts(7)[0]
+    assert row_of(project_bot)["workspace_path"] == f"{source}/website"
+    assert telegram.texts(8) == ["echo: hello"] and telegram.texts(9) == ["echo: notes"]
+    assert len(sent(project_bot, "session/new")) == 3
+    settle(project_bot)
+    assert not telegram.find("editForumTopic", ok=None)
+
+
+def test_a_name_of_two_folders_is_asked_back(telegram, make_bot, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "same").mkdir(parents=True)
+    make_bot(ALLOWED_FOLDERS=f"{tmp_path}/a,{tmp_path}/b").start()
+    asked = command(telegram, "/folder same")
+    assert asked.text == "Which same?"
+    assert command(telegram, (asked, "b/same")).text.endswith("b/same")
+
+
+def named_kiro(folder):
+    """A KIRO_COMMAND by which the stand-in goes by Kiro's name."""
+    program = folder / "kiro-cli"
+    program.write_text(f'#!/bin/bash\nexec -a "$0" {KIRO_COMMAND} "$@"\n')
+    program.chmod(0o755)
+    return f"{program} acp --agent-engine v2"
+
+
+@pytest.mark.parametrize("dialect", ["kiro", "acp", "none"])
+def test_a_topic_goes_on_with_another_session_of_its_folder(telegram, make_bot, source, dialect):
+    bot = make_bot(ALLOWED_FOLDERS=source, **{"KIRO_COMMAND": named_kiro(source)} if dialect == "kiro" else {})
+    bot.habits(lists=dialect == "acp")
+    bot.start()
+    command(telegram, "/folder notes")
+    asked = ["first of all", "second", "third\n!say line two \u202e", "x " * 200]
+    for text in asked[:-1]:
+        ask(telegram, text)
+        command(telegram, "/new")
+    ask(telegram, asked[-1])
+    command(telegram, "/folder notes", thread=8)
+    ask(telegram, "of another topic", thread=8)
+    settle(bot)
+    listed = command(telegram, "/sessions")
+    texts = [button["text"] for button in telegram.buttons(listed)]
+    assert [text for text in texts if text.startswith("✓ x x x")] and all(len(text) < 60 for text in texts)
+    assert {"first of all · 0 min", "second · 0 min", "third · 0 min", "Continue in a terminal"} <= set(texts)
+    assert len(texts) == (5 if dialect == "none" else 6)
+    gone_on = command(telegram, (listed, "first of all"))
+    assert "Going on with “first of all”" in gone_on.text
+    assert "before: first of all" in ask(telegram, "!recall")
+    assert telegram.buttons(command(telegram, (listed, "first of all")))[0]["text"].startswith("✓ first of all")
+    if dialect != "none":
+        assert "Another topic has that session: of another topic" in command(telegram, (listed, "of another topic")).text
+    assert "no such session" in command(telegram, f"/sessions {session_id(bot, 8)[:-1]}0").text
+    bot.restart()
+    assert "x x x" in command(telegram, (gone_on, "Back to the former session")).text
+    assert "before: x x x" in ask(telegram, "!recall")
+
+
+def test_a_session_that_kiro_no_longer_has_leaves_the_topic_as_it_is(telegram, bot):
+    ask(telegram, "first")
+    lost = session_path(bot, 7, "*")
+    back = command(telegram, "/new")
+    ask(telegram, "second")
+    settle(bot)
+    before = row_of(bot)
+    bot.habits(load={"gate": "go"})
+    telegram.press(back, "Back")
+    bot.wait_wire("in", "session/load", when=lambda entry: entry["frame"]["params"]["sessionId"] == lost.stem)
+    telegram.write("/stop", thread=7)
+    telegram.answer("⏹ Stopped.", thread=7)
+    bot.open_gate("go")
+    assert "before: second" in ask(telegram, "!recall") and row_of(bot)["session_id"] == before["session_id"]
+    settle(bot)
+    for path in lost.parent.glob(lost.name):
+        path.unlink()
+    for _ in range(2):
+        assert "no longer opens that session" in command(telegram, (back, "Back")).text
+    assert row_of(bot)["session_id"] == before["session_id"]
+    assert "before: second" in ask(telegram, "!recall")
+
+
+LISTS = [
+    (dict(list={"error": -32603}), []), (dict(list={"hang": True}), []), (dict(list={"exit": 1, "times": 1}), []),
+    (dict(listed="junk"), []), (dict(listed={"sessions": {"a": 1}}), []), (dict(listed=["x", None]), []),
+    (dict(listed=[{}]), []),
+    (dict(listed=[{"sessionId": 7, "title": ["y"]}]), []),
+    (dict(listed=[{"sessionId": "../../x", "updatedAt": "2026-13-99T99:99:99Z"}]), ["../../x · ?"]),
+    (dict(listed=[{"sessionId": 7, "title": "\u202e\n" + "long " * 2000, "updatedAt": 12}]),
+     ["7 · ?"]),
+    (dict(listed=10_000), [f"Number {number} · 300 d" for number in range(9991, 10_000)]),
+]
+
+
+def test_an_agent_that_lists_no_sessions_is_no_obstacle(telegram, make_bot, tmp_path):
+    bot = make_bot(KIRO_COMMAND=named_kiro(tmp_path)).hurry(LIST_SECONDS=0.3).start()
+    ask(telegram, "hello")
+    for habits, shown in LISTS:
+        settle(bot)
+        bot.habits(**habits)
+        listed = [re.sub(r"\d+ d$", "300 d", button["text"]) for button in telegram.buttons(command(telegram, "/sessions"))]
+        assert sorted(listed) == sorted([*shown, "✓ hello · 0 min", "Continue in a terminal"]), habits
+        assert ask(telegram, "hello again") == "echo: hello again"
+
+
+def test_a_session_goes_on_in_a_terminal_and_back(telegram, make_bot, tmp_path):
+    bot = make_bot("a folder's", KIRO_COMMAND=named_kiro(tmp_path)).start()
+    assert "none yet" in command(telegram, "/terminal").text
+    assert not telegram.buttons(command(telegram, "/status"))
+    ask(telegram, "hello")
+    bot.wait_wire("in", "session/load")
+    left = command(telegram, (command(telegram, "/status"), "Continue in a terminal"))
+    [copy] = telegram.buttons(left)
+    folder, session = bot.workspace(7), session_id(bot, 7)
+    line = f"cd {shlex.quote(str(folder))} && {tmp_path}/kiro-cli chat --agent-engine v2 --resume-id {session}"
+    assert line in left.text and copy["copy_text"]["text"] == line
+    bot.wait_agents(0)
+    agent = started_agent(bot, 7)
+    telegram.write("still there?", thread=7)
+    telegram.answer(f"open in another program (process {agent.pid})", thread=7)
+    agent.stdin.close()
+    agent.wait()
+    assert "hello" in ask(telegram, "!recall")
+
+
+def test_a_topic_that_nobody_has_named_gets_a_title_once(telegram, bot):
+    long = "please look into the thing that is broken on the page"
+    for thread, name, implicit, text in ((7, "what I wrote first", True, long), (8, "Named", False, "hello"),
+                                         (9, "x", True, "!title An agent's\\n\u202etitle\n!say x"), (10, "same", True, "same")):
+        with telegram.batch_of_updates():
+            telegram.name_topic(thread, name, **{"is_name_implicit": True} if implicit else {})
+            telegram.write(text, thread=thread)
+    telegram.wait_for("editForumTopic", thread=7)
+    telegram.wait_for("editForumTopic", thread=9)
+    telegram.fault("editForumTopic", status=400, description="Bad Request: TOPIC_ID_INVALID")
+    for thread in (11, 12):
+        telegram.name_topic(thread, "typed", is_name_implicit=True)
+    telegram.name_topic(12, "Renamed", created=False)
+    for thread in range(7, 13):
+        telegram.write("more", thread=thread)
+        telegram.answer("echo: more", thread=thread)
+    telegram.write("more still", thread=11)
+    telegram.answer("more still", thread=11)
+    settle(bot)
+    calls = telegram.find("editForumTopic", ok=None)
+    assert [(call.thread, call.params["name"]) for call in sorted(calls, key=lambda call: call.thread)] == [
+        (7, "please look into the thing that is…"), (9, "An agent's"), (11, "more")]
+    assert not telegram.find("sendMessage", containing="private", ok=None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3753,14 +4389,59 @@ def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, 
 
 
 def test_what_each_process_tells_anew_is_said_once(telegram, bot):
-    login = "The MCP server tracker wants you to sign in: "
+    frame = '{"jsonrpc":"2.0","method":"_kiro.dev/mcp/server_%s","params":{"serverName":"tracker","error":"no"}}'
+    failed, initialized = frame % "init_failure", frame % "initialized"
     for n in range(3):
-        ask(telegram, f"!oauth https://tracker.test/{n}\n!say done")
+        ask(telegram, f"!raw {failed}\n!say done")
         telegram.answer("done", thread=7, count=n + 1)
-    assert telegram.texts(7) == [login + "https://tracker.test/0", "done", "done", "done"]
-    initialized = '{"jsonrpc":"2.0","method":"_kiro.dev/mcp/server_initialized","params":{"serverName":"tracker"}}'
+    told = "ℹ️ The MCP server tracker could not be started: no"
+    assert telegram.texts(7) == [told, "done", "done", "done"]
     ask(telegram, f"!raw {initialized}\n!say welcome")
-    assert ask(telegram, "!oauth https://tracker.test/3") == login + "https://tracker.test/3"
+    assert ask(telegram, f"!raw {failed}\n!say done") == told
+
+
+@bot_with(dict(FRAME_SECONDS=0.02))
+def test_a_sign_in_link_is_shown_at_once_and_once(telegram, bot):
+    telegram.write("!oauth https://id.test/1\n!oauth https://id.test/1\n!oauth https://id.test/2\n"
+                   "!oauth https://user:pw@id.test/3\n!oauth javascript:x\n!wait gate\n!say done", thread=7)
+    told = [telegram.answer(f"The MCP server tracker wants you to sign in at {host}:\n{url}\nIf the page", thread=7)
+            for host, url in (("id.test", "https://id.test/1"), ("id.test", "https://id.test/2"),
+                              ("an odd address", "https://user:pw@id.test/3"), ("an odd address", "javascript:x"))]
+    assert [telegram.buttons(call) for call in told] == [
+        [{"text": "Sign in at id.test", "url": f"https://id.test/{n}"}] if n < 3 else [] for n in (1, 2, 3, 4)]
+    bot.open_gate("gate")
+    telegram.answer("done", thread=7)
+    assert len(telegram.texts(7)) == 5
+    long = '{"jsonrpc":"2.0","method":"_kiro.dev/mcp/oauth_request","params":{"serverName":"s","oauthUrl":"https://long.test/%s"}}'
+    bot.control_file("long", long % ("x" * 2_000_000))
+    telegram.write("!raw_file long\n" + elicit("m", mode="url", url="ftp://" + "\u202e" * 200_000) + "!say end", thread=9)
+    telegram.write("".join(f"!oauth https://many.test/{n}\n" for n in range(1000)) + "!say end", thread=8)
+    telegram.answer("elicited: decline null\nend", thread=9, timeout=20)
+    assert len(telegram.texts(9)) < 12
+    telegram.answer("end", thread=8)
+    assert len(telegram.texts(8, containing="many.test")) <= 10
+
+
+WARM_LINK = """
+old = k.Agent.session_load
+def session_load(self, request_id, params):
+    old(self, request_id, params)
+    self.notify("_kiro.dev/mcp/oauth_request", sessionId=params["sessionId"], serverName="warm", oauthUrl="https://id.test/w")
+k.Agent.METHODS["session/load"] = session_load
+"""
+
+
+def test_a_sign_in_link_of_a_warm_process_waits_for_the_next_message(telegram, make_bot, tmp_path):
+    bot = make_bot(KIRO_COMMAND=patched_kiro(tmp_path, WARM_LINK)).start()
+    ask(telegram, "first")
+    bot.wait_wire("out", "_kiro.dev/mcp/oauth_request")
+    assert "Nothing is running" in ask(telegram, "/status")
+    assert not telegram.texts(7, containing="server warm")
+    telegram.write("!wait gate\n!say second", thread=7)
+    telegram.answer("The MCP server warm wants you to sign in at id.test", thread=7)
+    bot.open_gate("gate")
+    telegram.answer("second", thread=7)
+    assert len(telegram.texts(7, containing="server warm")) == 1
 
 
 def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram, bot):
@@ -3900,7 +4581,7 @@ def test_an_edit_counts_when_words_have_changed(telegram, bot):
 # ---------------------------------------------------------------------------------------------------------
 
 SOON_STARTED = dict(SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5)
-SOON_ENDED = dict(STOP_SECONDS=1, END_SECONDS=1, TERM_SECONDS=0.5, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
+SOON_ENDED = dict(STOP_SECONDS=0.5, END_SECONDS=0.5, TERM_SECONDS=0.3, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
 
@@ -3909,6 +4590,12 @@ def tell(telegram, text, thread, *answers, timeout=10, **fields):
     """Write into the topic, and wait for lasting messages with these texts; returns the last one's call."""
     message = telegram.write(text, thread=thread, **fields)
     return [telegram.answer(answer, thread, after=message, timeout=timeout) for answer in answers][-1]
+
+
+def tell_each(telegram, text, answer, *threads):
+    """The same for several topics at once, with one answer each; returns the answers' calls."""
+    messages = [telegram.write(text, thread=thread) for thread in threads]
+    return [telegram.answer(answer, thread, after=message) for thread, message in zip(threads, messages)]
 
 
 def goes_on(telegram, *threads):
@@ -3972,8 +4659,8 @@ def lock_by(bot, thread, pid, started_at="2020-01-01T00:00:00Z"):
 
 def started_agent(bot, thread):
     """A stand-in Kiro that is none of the bot's, and has the topic's session."""
-    agent = subprocess.Popen(shlex.split(KIRO_COMMAND), env=bot.environment(), cwd=bot.folder, stdin=subprocess.PIPE,
-                             stdout=subprocess.DEVNULL)
+    agent = subprocess.Popen(shlex.split(bot.settings["KIRO_COMMAND"]), env=bot.environment(), cwd=bot.folder,
+                             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     for number, (method, params) in enumerate([
             ("initialize", {"protocolVersion": 1}),
             ("session/load", {"sessionId": session_id(bot, thread), "cwd": str(bot.folder), "mcpServers": []})]):
@@ -4001,7 +4688,12 @@ class Child(program.Process):
 
 
 def open_files():
-    return len(os.listdir("/proc/self/fd"))
+    """How many pipes and the like this process has open; its sockets are of the stand-ins for the next tests."""
+    def kind(number):
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{number}").partition(":")[0]
+
+    return sum(kind(number) in ("pipe", "anon_inode") for number in os.listdir("/proc/self/fd"))
 
 
 def test_a_process_is_heard_to_its_last_word_and_nothing_of_it_stays():
@@ -4152,7 +4844,7 @@ TURNS = [
     turn("half surrogates", "!surrogates", 1, False, ["😀"]),
     turn("login of an MCP server",
          "!oauth https://tracker.test/login\n!say ok", 1, False,
-         ["The MCP server tracker wants you to sign in: https://tracker.test/login", "ok"]),
+         ["The MCP server tracker wants you to sign in at tracker.test:\nhttps://tracker.test/login", "ok"]),
     turn("compaction", "!compaction\n!say ok", 1, False, ["ok"]),
     turn("nothing but a compaction", "!compaction", 1, False, ["The conversation was compacted."]),
     turn("odd compaction",
@@ -4175,13 +4867,41 @@ TURNS = [
 ]
 
 
+def elicit(message, properties=None, required=(), **more):
+    """The directive that asks for these fields, or what else is said."""
+    if properties is not None:
+        more["requestedSchema"] = {"type": "object", "properties": properties, "required": list(required)}
+    return f"!elicit {json.dumps({'message': message, **more})}\n"
+
+
+RECURSIVE = {"$ref": "#"}
+for _ in range(20):
+    RECURSIVE = {"type": "object", "properties": {"a": RECURSIVE}}
+SECRETS, ODD = "this chat is no place for secrets", "such a question can't be shown"
+DECLINED = [
+    (SECRETS, elicit("p", {"x": {"type": "string"}, "user_password": {"type": "string"}})),
+    (SECRETS, elicit("p", {"x": {"type": "string", "title": "GitHub Token"}})),
+    (SECRETS, elicit("p", {"apiKey": {"type": "string"}})),
+    (ODD, elicit("p", {"x": {"type": "object", "properties": {"a": {"type": "string"}}}})),
+    (ODD, elicit("p", {"x": RECURSIVE})),
+    (ODD, elicit("p", {"x": {"type": "array", "items": {}}})),
+    (ODD, elicit("p", {"x": 7, "y": None})),
+    (ODD, elicit("p", mode="telepathy")), (ODD, elicit("p", mode=[1])),
+    *((f"{url} is no plain https address", elicit("p", mode="url", url=url)) for url in (
+        "http://id.test/", "https://user:password@id.test/", "https://id.test@evil.test/", "javascript:alert(1)",
+        "https://id.test/ x", "https://localhost/", None, ["https://id.test/"])),
+]
+TURNS += [turn(f"declined {n}", form + "!say ok", 1, False,
+               ["❓ Kiro asks: p\nI declined: " + why, "elicited: decline null\nok"]) for n, (why, form) in enumerate(DECLINED)]
+
+
 @pytest.fixture(scope="module")
 def turns(request, tmp_path_factory):
     """Lets Kiro do all that is asked for at once, each in a topic of its own: (telegram, bot, topics by script)."""
     cases = [item.callspec.params["script"] for item in request.session.items if "turns" in item.fixturenames]
     threads = {script: thread for thread, script in enumerate(cases, 1)}
     with Telegram() as telegram:
-        bot = Bot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=4)
+        bot = Bot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=6)
         bot.hurry(**SOON_ENDED).start()
         for script, thread in threads.items():
             telegram.write(script, thread=thread)
@@ -4224,7 +4944,7 @@ def test_a_missing_kiro_is_told_and_found_again(telegram, make_bot):
     program, away = bot.folder / "kiro", bot.folder / "away"
     program.write_text(f"#!/bin/sh\nexec {KIRO_COMMAND}\n")
     program.chmod(0o700)
-    bot.hurry(REPLACED_SECONDS=1.5).start()
+    bot.hurry(REPLACED_SECONDS=0.8).start()
     program.rename(away)
     message = telegram.write("while it is being updated", thread=1)
     telegram.wait_for(DRAFT, thread=1)
@@ -4261,14 +4981,25 @@ TRANSIENT = [
 ]
 
 
+def keep_their_sessions(telegram, bot):
+    """Topic 7 has one trouble after the other with its session, 8 meanwhile the one that takes long; both keep theirs."""
+    tell_each(telegram, "hello", "echo: hello", 7, 8)
+    sessions = session_id(bot, 7), session_id(bot, 8)
+    settle(bot)
+    *quick, slow = TRANSIENT
+    bot.habits(topics={8: slow})
+    message = telegram.write("and now", thread=8)
+    for habits in quick:
+        bot.habits(topics={7: habits, 8: slow})
+        tell(telegram, "and now", 7, "⚠️ ")
+        assert session_id(bot, 7) == sessions[0], habits
+    telegram.answer("⚠️ ", 8, after=message)
+    assert session_id(bot, 8) == sessions[1]
+
+
 @bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1)
 def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
-    tell(telegram, "hello", 7, "echo: hello")
-    session = session_id(bot, 7)
-    for habits in TRANSIENT:
-        bot.habits(**habits)
-        card = tell(telegram, "and now", 7, "⚠️ ")
-        assert session_id(bot, 7) == session, habits
+    keep_their_sessions(telegram, bot)
     bot.habits(load={"error": -32603, "data": "You are not logged in"})
     away = session_path(bot, 7).parent.with_name("away")
     session_path(bot, 7).parent.rename(away)  # as if it were lost, too
@@ -4277,23 +5008,26 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     away.rename(session_path(bot, 7).parent)
     bot.habits()
     assert offers(telegram, card) == AGAIN
-    tell(telegram, "!recall", 7, "before: hello")
+    tell_each(telegram, "!recall", "before: hello", 7, 8)
     nothing_stays(bot)
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=4)
 def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
-    ways = ["error", "exit", "hang", "accept"]
-    for thread, way in enumerate(ways, 1):
-        tell(telegram, "hello", thread, "echo: hello")
-        lose(bot, thread)
-        bot.habits(unknown_session=way)
-        tell(telegram, "who am I", thread,
-             "⚠️ Kiro no longer has this topic's session: its history is gone", "echo: who am I")
-    for code in (-32002, -32600, -32603):
-        bot.habits(load={"error": code, "data": "Resource not found: session", "times": 1})
-        lose(bot, 1)
-        tell(telegram, "hello", 1, "its history is gone", "echo: hello")
+    for faults in (
+            {thread: {"unknown_session": way} for thread, way in enumerate(["error", "exit", "hang", "accept"], 1)},
+            {thread: {"load": {"error": code, "data": "Resource not found: session", "times": 1}}
+             for thread, code in enumerate([-32002, -32600, -32603], 1)}):
+        tell_each(telegram, "hello", "echo: hello", *faults)
+        bot.wait_agents(0)
+        for thread in faults:
+            lose(bot, thread)
+        bot.habits(topics=faults)
+        before = telegram.mark()
+        tell_each(telegram, "who am I", "echo: who am I", *faults)
+        for thread in faults:
+            [told] = telegram.texts(thread, after=before, containing="⚠️")
+            assert told.startswith("⚠️ Kiro no longer has this topic's session: its history is gone")
     bot.habits()
     goes_on(telegram, *range(1, 5))
     tell(telegram, "!say half\n!kill", 9, "half", "⚠️")
@@ -4309,14 +5043,10 @@ def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, make_b
     bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, KIRO_COMMAND=command).hurry(**SOON_STARTED, REFUSED_AGAIN_SECONDS=0.5)
     (bot.home / ".kiro" / "sessions" / "cli").mkdir(parents=True)
     bot.start()
-    tell(telegram, "hello", 7, "echo: hello")
+    keep_their_sessions(telegram, bot)
     session = session_id(bot, 7)
-    for habits in TRANSIENT:
-        bot.habits(**habits)
-        tell(telegram, "and now", 7, "⚠️ ")
-        assert session_id(bot, 7) == session, habits
     bot.habits(replay="after")
-    tell(telegram, "!recall", 7, "before: hello")
+    tell_each(telegram, "!recall", "before: hello", 7, 8)
     none_found = {"error": -32603, "data": {"details": "No previous sessions found for this project."}}
     bot.habits(load=none_found)
     tell(telegram, "one", 7, "⚠️ No previous sessions found")
@@ -4331,28 +5061,33 @@ def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, make_b
     nothing_stays(bot)
 
 
-@bot_with(dict(STOP_SECONDS=0.2, TERM_SECONDS=2), WARM_SECONDS=0)
+@bot_with(dict(STOP_SECONDS=0.2, TERM_SECONDS=1), WARM_SECONDS=0)
 def test_what_a_dying_process_still_writes_is_history(telegram, bot):
     bot.habits(cancel={"hang": True}, ignore_term=True, ignore_stdin_end=True)
-    telegram.write("!say important\n!sleep 1", thread=7)
+    telegram.write("!say important\n!wait gate", thread=7)
     bot.wait_prompt("important")
     telegram.write("/stop", thread=7)
     telegram.answer("Stopped", thread=7)
+    bot.open_gate("gate")
     bot.habits()
     assert ask(telegram, "!recall").startswith("2 before: !say important")
 
 
 @bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=2)
 def test_a_session_of_which_nothing_was_kept_is_replaced(telegram, bot):
-    for thread, way in enumerate(["error", "exit", "hang"], 1):
-        bot.habits(unknown_session=way)
-        tell(telegram, "/new", thread, "A new session")
-        assert ask(telegram, "hello", thread) == "echo: hello"
-        tell(telegram, "/new", thread, "A new session")
+    ways = dict(enumerate(["error", "exit", "hang"], 1))
+    bot.habits(topics={thread: {"unknown_session": way} for thread, way in ways.items()})
+    tell_each(telegram, "/new", "A new session", *ways)
+    assert {call.text for call in tell_each(telegram, "hello", "echo: hello", *ways)} == {"echo: hello"}
+    tell_each(telegram, "/new", "A new session", *ways)
+    for thread, way in ways.items():
         telegram.write(f"!say hm {way}\n!silence", thread=thread)
+    for way in ways.values():
         bot.wait_prompt(f"hm {way}")
-        tell(telegram, "/stop", thread, "⏹ Stopped.")
-        tell(telegram, "who am I", thread, "ℹ️ Kiro kept nothing of what was said here", "echo: who am I")
+    tell_each(telegram, "/stop", "⏹ Stopped.", *ways)
+    tell_each(telegram, "who am I", "echo: who am I", *ways)
+    for thread in ways:
+        assert telegram.texts(thread)[-2].startswith("ℹ️ Kiro kept nothing of what was said here")
     nothing_stays(bot)
 
 
@@ -4379,7 +5114,7 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
     nothing_stays(bot)
 
 
-@bot_with(dict(LOCK_SECONDS=0.5), WARM_SECONDS=0)
+@bot_with(dict(LOCK_SECONDS=0.2), WARM_SECONDS=0)
 def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
     """Kiro in a container, or on another machine: there its pid may be another's here, or nobody's."""
     bot.habits(lock_pid=999_999_999)
@@ -4424,7 +5159,7 @@ def test_a_lock_that_names_nobody_is_removed(telegram, bot):
 
 @bot_with(WARM_SECONDS=0)
 def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, bot):
-    bot.habits(slow_exit=0.4, two_processes=True)
+    bot.habits(slow_exit=0.2, two_processes=True)
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "!recall", 7, "2 before: hello")
     first, second = [entry["t"] for entry in bot.wire("exit")][:1] + [bot.wait_wire("in", "session/load")["t"]]
@@ -4479,22 +5214,24 @@ STARTS = [
 ]
 
 
-@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=5)
+@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=7)
 def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, bot):
     """Stdin's end, then TERM, then KILL; and a cancel that is ignored. Meanwhile, whatever keeps Kiro from starting."""
     bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
     tell(telegram, "!spawn setsid pipes\n!say the end", 101, "the end")
     answered = time.monotonic()
-    bot.habits(cancel={"hang": True})
+    starts = dict(enumerate(STARTS, 1))
+    bot.habits(topics={102: {"cancel": {"hang": True}}} | {thread: habits for thread, (habits, *_) in starts.items()})
     telegram.write("!recall", thread=101)
     telegram.write("!chunks 100 9 0.1", thread=102)
     bot.wait_wire("start", count=3)
     bot.wait_prompt("!chunks")
     telegram.stop(telegram.wait_for(DRAFT, thread=102))
     pressed = time.monotonic()
-    for thread, (habits, answer, offered) in enumerate(STARTS, 1):
-        bot.habits(**habits)
-        last = tell(telegram, "hello", thread, answer)
+    for thread in starts:
+        telegram.write("hello", thread=thread)
+    for thread, (habits, answer, offered) in starts.items():
+        last = telegram.answer(answer, thread)
         assert offers(telegram, last) == (AGAIN if offered else []), habits
     bot.habits()
     stopped = telegram.answer("⏹ Stopped.", thread=102)
@@ -4506,23 +5243,54 @@ def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegr
 
 @bot_with(SILENCE_SECONDS=1, START_SECONDS=20)
 def test_a_kiro_that_waits_in_a_queue_before_it_starts_is_given_time(telegram, bot):
-    bot.habits(start={"delay": 2, "times": 1})
+    bot.habits(start={"delay": 1.2, "times": 1})
     assert ask(telegram, "!say at last") == "at last"
     assert len(bot.wire("start")) == 1
 
 
-@bot_with(WARM_SECONDS=0, SILENCE_SECONDS=1)
+# As srun and ssh do: late, another pid, HOME, environment.
+ELSEWHERE = """
+echo "srun: job 17 queued and waiting for resources" >&2
+while ! [ -e "$KIRO_STAND_IN/resources" ]; do sleep 0.05; done
+env -i PATH="$PATH" PYTHONPATH="$PYTHONPATH" HOME="$KIRO_STAND_IN" KIRO_STAND_IN="$KIRO_STAND_IN" "$@"
+"""
+
+
+def test_a_wrapper_may_run_kiro_on_another_machine(telegram, make_bot):
+    bot = make_bot(WARM_SECONDS=0).hurry(SLOW_START_SECONDS=0.1, FRAME_SECONDS=0.02)
+    bot.control_file("wrapper", ELSEWHERE)
+    bot.start(KIRO_COMMAND=f"sh {bot.control}/wrapper {KIRO_COMMAND}")
+    telegram.write("!say first", thread=7)
+    telegram.wait_for("sendMessageDraft", containing="srun: job 17 queued and waiting for resources", thread=7)
+    tell(telegram, "/status", 7, "srun: job 17 queued")
+    tell(telegram, "/stop", 7, "⏹ Stopped before Kiro began")
+    telegram.write("!say second", thread=7)
+    bot.open_gate("resources")
+    telegram.answer("second", 7)
+    message = telegram.write("!say so far\n!silence", thread=7)
+    telegram.wait_for("sendMessageDraft", containing="so far", thread=7, after=message)
+    tell(telegram, "/stop", 7, "⏹ Stopped.")
+    message = telegram.write("!say cut off\n!silence", thread=7)
+    telegram.wait_for("sendMessageDraft", containing="cut off", thread=7, after=message)
+    bot.kill()
+    bot.start()
+    telegram.answer("I was interrupted", 7)
+    assert "second" in ask(telegram, "!recall")
+    assert not telegram.find(containing="history is gone") and not list(bot.home.glob(".kiro/sessions/cli/*"))
+    nothing_stays(bot)
+
+
+@bot_with(SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=1)
 def test_a_deaf_kiro_blocks_nobody(telegram, bot):
-    bot.habits(new={"deaf": True})
+    deaf = {"new": {"deaf": True}, "load": {"deaf": True}}
+    bot.habits(topics={1: {"new": {"deaf": True, "times": 1}}, 3: deaf})
     telegram.send_file("photo", png() + bytes(3_000_000), thread=1, caption="look")
-    wait_until(lambda: bot.wire("in", "session/new"))
-    bot.habits()
+    telegram.send_file("document", bytes(5_000_000), name="big.bin", thread=3)
+    bot.wait_wire("in", "session/new", count=2)
     tell(telegram, "/status", 1, "Session: ")
     goes_on(telegram, 2)
     telegram.answer("echo: look", thread=1)  # a process that reads nothing has done nothing: asked once more
     assert len(bot.wire("in", "session/prompt", when=lambda entry: "look" in str(entry))) == 1
-    bot.habits(new={"deaf": True}, load={"deaf": True})
-    telegram.send_file("document", bytes(5_000_000), name="big.bin", thread=3)
     card = telegram.answer("⚠️ Kiro does not read what it is sent", thread=3)
     assert offers(telegram, card) == AGAIN
     bot.habits()
@@ -4538,18 +5306,14 @@ def warm_one(bot, thread):
     return load["pid"]
 
 
-@bot_with(SILENCE_SECONDS=1, MAX_PROCESSES=10)
+@bot_with(SOON_ENDED, SILENCE_SECONDS=1, MAX_PROCESSES=10)
 def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bot):
-    tell(telegram, "hello", 1, "echo: hello")
+    bot.habits(topics={2: {"load": {"deaf": True}}})
+    tell_each(telegram, "hello", "echo: hello", 1, 2, 3)
     os.kill(warm_one(bot, 1), signal.SIGKILL)
-    tell(telegram, "!recall", 1, "2 before: hello")
-    bot.habits(load={"deaf": True})
-    tell(telegram, "hello", 2, "echo: hello")
-    warm_one(bot, 2)
+    warm_one(bot, 2), warm_one(bot, 3)
     bot.habits()
-    tell(telegram, "!recall", 2, "2 before: hello")
-    tell(telegram, "hello", 3, "echo: hello")
-    warm_one(bot, 3)
+    tell_each(telegram, "!recall", "2 before: hello", 1, 2)
     bot.habits(prompt={"error": -32603, "data": "ExpiredTokenException", "times": 1})
     telegram.write("!ask Running: make", thread=3)
     telegram.press(telegram.answer("make", thread=3), "Yes")
@@ -4561,7 +5325,7 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bo
     assert not telegram.find(containing="⚠️")
 
 
-@bot_with(dict(MODEL_SECONDS=0.3), WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(dict(MODEL_SECONDS=0.3, REQUEST_PATIENCE=2), WARM_SECONDS=0, SILENCE_SECONDS=1)
 def test_a_model_that_kiro_does_not_take_is_told(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
@@ -4636,7 +5400,7 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bo
 # ---------------------------------------------------------------------------------------------------------
 
 # Pauses that are a hundredth of the real ones, so that an outage of a second is one of minutes.
-HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=(0.05,), FLOOD_SECONDS=0.3, TIMEOUT=(1, 0.3),
+HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=(0.05, 0.05), FLOOD_SECONDS=0.2, TIMEOUT=(1, 0.3),
              JOURNAL_RETRY_SECONDS=0.3)
 
 
@@ -4647,6 +5411,18 @@ def thrown_out(tmp_path_factory):
         telegram.fault("getUpdates", status=409, times=2)
         bot = Bot(tmp_path_factory.mktemp("thrown_out"), telegram).start()
         telegram.write("after the other bot", thread=7)
+        yield bot, telegram
+        bot.close()
+
+
+@pytest.fixture(scope="session")
+def limited(tmp_path_factory):
+    """A bot whose first polls are limited; it waits while other tests run: (bot, telegram)."""
+    with Telegram() as telegram:
+        telegram.fault("getUpdates", status=429, retry_after=1)
+        telegram.fault("getUpdates", status=429)
+        bot = Bot(tmp_path_factory.mktemp("limited"), telegram).hurry(**HASTY).start(wait=False)
+        telegram.write("!say hello", thread=7)
         yield bot, telegram
         bot.close()
 
@@ -4663,7 +5439,7 @@ def wait_state(bot, state, count=1):
                lambda: f"{count} {state}: {bot.database('SELECT * FROM inbox')}")
 
 
-def test_the_bot_that_is_thrown_out_backs_off_from_now_on(thrown_out):
+def test_the_bot_that_is_thrown_out_backs_off_from_now_on(thrown_out, limited):
     bot, telegram = thrown_out
     assert bot.running()
 
@@ -4677,7 +5453,7 @@ def test_an_outage_delays_messages_and_loses_none(telegram, bot):
     telegram.write("!say second", thread=7)
     telegram.write("!say third", thread=8)
     wait_state(bot, "answered")
-    time.sleep(0.6)
+    time.sleep(0.4)
     telegram.end_outage()
     for text, thread in (("first", 7), ("second", 7), ("third", 8)):
         telegram.answer(text, thread=thread)
@@ -4727,24 +5503,21 @@ def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
 def test_a_429_is_no_refusal_of_the_format(telegram, bot):
     telegram.fault("sendRichMessage", status=429, retry_after=1)
     telegram.fault("sendRichMessage", status=429)
-    telegram.fault("sendMessage", status=429)
+    plain = telegram.fault("sendMessage", status=429)
     telegram.write("!say **rich**", thread=7)
+    telegram.write("!say plain", user=BOB)
+    telegram.answer("plain", user=BOB)
     answer = telegram.answer("rich", thread=7)
     first, second, _ = telegram.find("sendRichMessage", ok=None)
-    assert answer.method == "sendRichMessage" and second.time - first.time >= 1 and answer.time - second.time >= 0.3
-    telegram.write("!say plain", thread=7)
-    telegram.answer("plain", thread=7)
-    assert telegram.texts() == ["**rich**", "plain"]
+    assert answer.method == "sendRichMessage" and second.time - first.time >= 1 and answer.time - second.time >= 0.2
+    assert plain.hits == 1 and telegram.texts(user=ALICE) == ["**rich**"] and telegram.texts(user=BOB) == ["plain"]
 
 
-def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(telegram, make_bot):
-    telegram.fault("getUpdates", status=429, retry_after=1)
-    telegram.fault("getUpdates", status=429)
-    make_bot().hurry(**HASTY).start()
-    telegram.write("!say hello", thread=7)
+def test_a_poll_that_is_limited_waits_as_long_as_it_is_told(limited):
+    _, telegram = limited
     telegram.answer("hello", thread=7)
     first, second, third = telegram.find("getUpdates", ok=None)[:3]
-    assert second.time - first.time >= 1 and third.time - second.time >= 0.3
+    assert second.time - first.time >= 1 and third.time - second.time >= 0.2
 
 
 def test_what_telegram_refuses_as_rich_goes_plain(telegram, bot):
@@ -4756,18 +5529,71 @@ def test_what_telegram_refuses_as_rich_goes_plain(telegram, bot):
     assert len(telegram.find("sendMessage")) == 4 and len(telegram.find("sendRichMessage", ok=None)) == 3
 
 
-def test_what_telegram_refuses_altogether_is_neither_repeated_nor_the_end_of_the_topic(telegram, bot):
-    """A refusal that nobody has foreseen, such as that of a topic that was closed."""
-    refused = telegram.fault("sendMessage", status=400, description="Bad Request: TOPIC_CLOSED", times=None)
-    telegram.write("!say hello", thread=7)
-    wait_until(lambda: refused.hits, 5)
-    bot.restart()
-    hits = refused.hits
+IMPATIENT = {**HASTY, "RETRY_DELAYS": (0.02, 0.05, 0.1), "ANSWER_SECONDS": 0.35, "HOLD_SECONDS": 0.5, "SAY_SECONDS": 0.35}
+
+
+@bot_with(IMPATIENT)
+def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(telegram, bot):
+    for method in ("sendRichMessage", "sendDocument", "sendPhoto"):
+        telegram.fault(method, status=500, times=None)
+    page = telegram.fault("sendMessage", status=502, html=True, times=None, when=lambda call: call.text == "stuck")
+    telegram.write("!say stuck", thread=7)
+    telegram.write("!say stuck", thread=9)
+    in_workspace(bot, {"b.png": png()}, thread=8)
+    telegram.write(f"!say **rich**\n!say {tag('b.png')}", thread=8)
+    assert telegram.answer("**rich**", thread=8).method == "sendMessage"
+    assert "Telegram refused it: 500" in telegram.answer("Kiro wanted to send b.png", thread=8).text
+    told = telegram.answer("does not take a part of the answer: HTTP 502", thread=7)
+    telegram.write("!say next", thread=7)
+    telegram.answer("next", thread=7)
+    telegram.write("/status", thread=7)
+    telegram.answer("Telegram does not take it, try ", thread=7)
+    telegram.answer("does not take a part", thread=9)
+    telegram.write("/stop", thread=9)
+    telegram.answer("given up", thread=9)
+    assert "does not take" not in ask(telegram, "/status", thread=9)
+    assert not rings(told)
+    bot.kill()
+    bot.start()
+    telegram.answer("does not take a part", thread=7, count=2)
+    hits = page.hits
     time.sleep(0.5)
-    assert refused.hits - hits < 10
-    refused.end()
-    telegram.write("!say again", thread=7)
-    telegram.answer("again", thread=7)
+    assert page.hits - hits <= 3
+    page.end()
+    assert rings(telegram.answer("stuck", thread=7))
+    wait_state(bot, "done", len(bot.database("SELECT * FROM inbox")))
+    telegram.write("/stop", thread=9)
+    telegram.answer("Nothing is running", thread=9)
+    assert telegram.texts(9, containing="stuck") == [] and not bot.database("SELECT * FROM parts")
+
+
+REFUSED_TOPICS = ["Bad Request: TOPIC_CLOSED", "Bad Request: TOPIC_ID_INVALID", "Bad Request: TOPIC_DELETED",
+                  "Bad Request: invalid message thread identifier specified",
+                  "Bad Request: need administrator rights in the channel chat"]
+
+
+@bot_with(IMPATIENT)
+def test_what_is_refused_in_a_topic_goes_to_the_chat_or_waits(telegram, bot):
+    for thread, description in enumerate(REFUSED_TOPICS, 1):
+        for method in ("sendMessage", "sendRichMessage", "sendDocument"):
+            telegram.fault(method, status=400, description=description, times=None,
+                           when=lambda call, thread=thread: call.thread == thread)
+        in_workspace(bot, {"a.txt": b"a"}, thread=thread)
+        telegram.write(f"!say **answer {thread}**\n!say {tag('a.txt')}", thread=thread)
+    for thread in range(1, 1 + len(REFUSED_TOPICS)):
+        telegram.answer(f"**answer {thread}**", thread=None)
+    telegram.wait_until(lambda: len(telegram.texts(None)) == 3 * len(REFUSED_TOPICS), what="notices, answers and files")
+    assert all(times_said(telegram, f"closed ({description})") == 1 for description in REFUSED_TOPICS)
+    blocked = telegram.fault("sendMessage", status=403, description="Forbidden: bot was blocked by the user", times=None)
+    telegram.write("!say at last", thread=9)
+    telegram.wait_until(lambda: blocked.hits, what="the refusal")
+    bot.restart()
+    telegram.wait_until(lambda: blocked.hits > 3, what="another try")
+    hits = blocked.hits
+    time.sleep(0.25)
+    assert blocked.hits - hits < 5
+    blocked.end()
+    telegram.answer("at last", thread=9)
 
 
 @bot_with(HASTY)
@@ -5156,6 +5982,13 @@ def test_a_second_bot_in_the_folder_says_so_and_exits(telegram, bot):
     assert len(telegram.find("getMe")) == 1
 
 
+def test_a_folder_that_cannot_be_locked_is_no_obstacle(telegram, make_bot):
+    bot = make_bot().change("bot.fcntl.flock = lambda *_: bot.os.open('/no', 0)").start()
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    assert "can't be locked" in bot.log()
+
+
 @contextlib.contextmanager
 def full_disk(bot):
     """The bot can't write a byte more; its agents can."""
@@ -5167,7 +6000,51 @@ def full_disk(bot):
         resource.prlimit(bot.process.pid, resource.RLIMIT_FSIZE, limits)
 
 
-POISON = "bot.has_markdown = lambda text: 'poison' in text and bot.re.match('(a|a)*b', 'a' * 99)"
+NO_THREAD = """
+def start(self, begin=threading.Thread.start, spent=[]):
+    if self.name == "errand" and self._args[0] != "menu" and not spent:
+        spent.append(self)
+        raise RuntimeError("can't start new thread")
+    begin(self)
+threading.Thread.start = start
+"""
+
+
+def test_a_topic_outlives_a_moment_without_threads(telegram, make_bot):
+    bot = make_bot().change(f"import threading; exec({NO_THREAD!r})").start()
+    telegram.write("/status", thread=7)
+    bot.wait_log("can't start new thread")
+    assert "Nothing is running" in ask(telegram, "/status")
+    bot.log_path.write_text("")  # of a traceback
+
+
+@bot_with(QUICK)
+def test_nothing_that_kiro_says_beside_its_answer_is_a_flood(telegram, bot):
+    much = "session " * 40_000
+    call = dict(sessionUpdate="tool_call", toolCallId="t", title="cat")
+    failure = {"method": "_kiro.dev/mcp/server_init_failure", "params": {"serverName": "s", "error": much}}
+    commands = update(dict(sessionUpdate="available_commands_update", availableCommands=[{"name": much}]))
+    for name, line in (("output", update(call, status="completed", content=[{"content": {"text": much}}])),
+                       ("title", update(call, title=much)), ("server", "!raw " + json.dumps(failure) + "\n"), ("commands", commands)):
+        bot.control_file(name, line[5:])
+    telegram.write("!raw_file output", thread=1)
+    telegram.write("!raw_file title\n!silence", thread=2)
+    telegram.wait_for(DRAFT, containing="session", thread=2)
+    telegram.write("/status", thread=2)
+    telegram.write("!raw_file server\n!say done", thread=3)
+    telegram.write("!raw_file commands\n!say done", thread=4)
+    telegram.answer("done", thread=4)
+    telegram.write("/help", thread=4)
+    for thread in (1, 2, 3, 4):
+        telegram.answer("more characters are not shown", thread=thread)
+    bot.habits(prompt={"error": -32603, "message": "Internal error", "data": much, "times": 1})
+    telegram.write("hello", thread=1)
+    telegram.answer("more characters are not shown", thread=1, count=2)
+    goes_on(telegram, 1, 3, 4)
+    assert max(len(telegram.texts(thread)) for thread in (1, 2, 3, 4)) < 20
+
+
+POISON = "bot.FROZEN_SECONDS, bot.HEARTBEAT_SECONDS, bot.FRAME_SECONDS = 0.5, 0.1, 0.02; bot.has_markdown = lambda text: 'poison' in text and bot.re.match('(a|a)*b', 'a' * 99)"
 
 
 def test_a_text_that_freezes_the_program_costs_one_topic_one_plain_answer(telegram, make_bot):
@@ -5175,7 +6052,7 @@ def test_a_text_that_freezes_the_program_costs_one_topic_one_plain_answer(telegr
     telegram.write("!say **poison**", thread=7)
     bot.wait_wire("out", when=lambda entry: "stopReason" in json.dumps(entry["frame"]))
     bot.process.terminate()
-    assert bot.ended(10) != 0 and "in match" in bot.log()  # two seconds of processor time, which others may want too
+    assert bot.ended(10) != 0 and "in match" in bot.log()  # processor time, which others may want too
     bot.start()
     telegram.answer("**poison**", thread=7)
     telegram.write("!say half **poison**\n!silence", thread=7)
@@ -5233,8 +6110,9 @@ def test_a_database_that_somebody_holds_while_kiro_starts_costs_nothing(telegram
     assert len(bot.prompts()) == 1
 
 
+@bot_with(dict(JOIN_SECONDS=0.3))
 def test_a_note_that_is_longer_than_a_message_arrives_whole(telegram, bot):
-    error = " ".join(f"word{n}" for n in range(2500))
+    error = " ".join(f"word{n}" for n in range(1500))
     telegram.write('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"' + error + '"}}\n!say ok',
                    thread=7)
     telegram.answer("ok", thread=7)
@@ -5247,14 +6125,21 @@ def test_a_note_that_is_longer_than_a_message_arrives_whole(telegram, bot):
 def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram, bot):
     telegram.write("!wait gate\n!say finished", thread=7)
     bot.wait_prompt("finished")
+    agents = bot.agents()
     with full_disk(bot):
         late = telegram.write("!say not stored", thread=8)
         telegram.answer("can't store", thread=8)
         bot.open_gate("gate")
         telegram.answer("finished", thread=7, timeout=3)
+        wait_until(lambda: bot.agents() - agents, what="the next process, which begins after the turn's end")
         assert not telegram.is_acknowledged(late) and times_said(telegram, "can't store") == 1
     telegram.answer("not stored", thread=8)
-    assert times_said(telegram, "finished") == 1 and len(bot.prompts()) == 2
+    wait_state(bot, "done", 2)
+    bot.kill()
+    bot.start()
+    telegram.write("!say later", thread=7)
+    telegram.answer("later", thread=7)
+    assert times_said(telegram, "finished") == 1 and not telegram.find(containing="interrupted") and len(bot.prompts()) == 3
 
 
 @bot_with(HASTY)
@@ -5278,8 +6163,8 @@ def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, bot):
     telegram.wait_for("getMe", ok=None, count=2)
     with full_disk(bot):
         before = bot.cpu()
-        time.sleep(0.8)
-        assert bot.cpu() - before < 0.3
+        time.sleep(0.4)
+        assert bot.cpu() - before < 0.15
     telegram.answer("I was interrupted", thread=7)
 
 
@@ -5433,7 +6318,7 @@ FORGED = [
     "again:１", "again:99999999999999999999",
     "drop:", "drop:1 OR 1=1",
     "ask::", "ask:0123456789abcdef:0", "ask:0123456789abcdef:99", "ask:0123456789abcdef:0\0", "ask:" + "f" * 60,
-    "model:7:x", "model:0:0123456789abcdef", "model:999999999999999999:0123456789abcdef",
+    "say:7:/model x", "say:7:/stop 0123456789abcdef", "say:7:/model 0123456789abcdef\n", "model:7:0123456789abcdef",
 ]
 
 
@@ -5459,7 +6344,8 @@ def test_presses_that_were_forged_do_nothing(telegram, bot):
 
 
 def test_the_token_is_nowhere(telegram, make_bot):
-    bot, secret = make_bot(LOG_LEVEL="DEBUG", BOT_TOKEN=None).hurry(**HASTY), TOKEN.partition(":")[2]
+    bot = make_bot(LOG_LEVEL="DEBUG", BOT_TOKEN=None, KIRO_API_KEY="k", HTTPS_PROXY="http://127.0.0.1:9").hurry(**HASTY)
+    secret = TOKEN.partition(":")[2]
     own = bot.environment()
     bot.environment = lambda: {**own, "BOT_TOKEN": TOKEN, "COPY": f"the token is {TOKEN}"}
     bot.start()
@@ -5478,6 +6364,8 @@ def test_the_token_is_nowhere(telegram, make_bot):
     telegram.answer("exited", thread=8)
     starts = bot.wire("start")
     assert starts and all("environment" in entry["frame"] and secret not in json.dumps(entry) for entry in starts)
+    passed_on = starts[0]["frame"]["environment"]
+    assert (passed_on["KIRO_API_KEY"], passed_on["HTTPS_PROXY"]) == ("k", "http://127.0.0.1:9")
     assert " DEBUG " in bot.log() and secret not in bot.log()
     assert not [call for call in telegram.calls if secret in call.text]
     assert not [path for path in bot.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
@@ -5501,19 +6389,6 @@ def test_what_others_should_not_read_they_cannot(telegram, make_bot):
     assert (bot.workspace(7) / "uploads").is_dir()
 
 
-def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
-    """What became of the bot of the first test of Telegram's faults; here, so that some time has passed."""
-    bot, telegram = thrown_out
-    assert bot.running()
-    stray, second, *later = telegram.find("getUpdates", ok=None)
-    assert 1 <= second.time - stray.time < 5
-    if time.monotonic() - second.time < 35:
-        assert not later
-    else:
-        telegram.answer("after the other bot", thread=7)
-        assert later[0].time - second.time >= 35
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The tests: files that come in
 # ---------------------------------------------------------------------------------------------------------
@@ -5522,7 +6397,7 @@ def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(throw
 def uploads(bot, thread=7):
     """Name and content of what was saved in the thread's workspace."""
     folder = bot.workspace(thread) / "uploads"
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitignore"} if folder.is_dir() else {}
 
 
 def wait_uploads(bot, count, thread=7):
@@ -5558,16 +6433,17 @@ def test_files_of_every_kind_are_saved_and_named(telegram, bot):
     assert [file_id[:14] for file_id in fetched if "photo" in file_id] == ["photo-1280x960"]
 
 
+@bot_with(dict(JOIN_SECONDS=0.3))
 def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     fits = [png(), png() + bytes(3_600_000), png() + bytes(3_600_001), png()]
     pictures = [png() + bytes(3_700_000), *fits[:3], png() + bytes(3_600_002), fits[3], b"no image"]
     telegram.album(*({"kind": "photo", "data": data} for data in pictures), caption="compare", thread=7)
-    prompt = bot.wait_prompt("compare", timeout=20)
-    assert [len(block["data"]) for block in image_blocks_of(prompt)] == [len(base64_of(data)) for data in fits]
-    assert sorted(uploads(bot).values()) == sorted(pictures)
     with telegram.batch_of_updates():
         for caption in ("these", "and those"):
             telegram.album(*[{"kind": "photo", "data": png()}] * 6, caption=caption, thread=9)
+    prompt = bot.wait_prompt("compare", timeout=20)
+    assert [len(block["data"]) for block in image_blocks_of(prompt)] == [len(base64_of(data)) for data in fits]
+    assert sorted(uploads(bot).values()) == sorted(pictures)
     assert len(image_blocks_of(bot.wait_prompt("and those"))) == 10
     bot.habits(image=False)
     telegram.send_file("photo", png(), thread=8, caption="for the blind")
@@ -5575,6 +6451,7 @@ def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     assert list(uploads(bot, 8).values()) == [png()]
 
 
+@bot_with(dict(JOIN_SECONDS=0.3))
 def test_an_image_that_comes_as_a_file_is_shown_when_it_is_not_too_large(telegram, bot):
     jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 1000, 2001) + bytes(10)
     pictures = [png(), png(2001, 1), png(1, 2000), jpeg, jpeg.replace(b"\x07\xd1", b"\x07\xd0")]
@@ -5625,7 +6502,7 @@ def test_hostile_file_names_are_made_harmless(telegram, bot):
     for name in saved:
         assert not name.startswith((".", "-", " ")) and len(name.encode()) <= 110, name
         assert name.isprintable() and not set(name) & set('/\\;"'), name
-    assert len(list(bot.workspace(7).rglob("*"))) == len(saved) + 1
+    assert len(list(bot.workspace(7).rglob("*"))) == len(saved) + 2  # the folder and its .gitignore
     assert all(c.isprintable() or c == "\n" for prompt in bot.prompts() for c in prompt)
 
 
@@ -5639,6 +6516,7 @@ def test_names_are_utf_8_whatever_the_locale(telegram, make_bot):
     assert list(uploads(bot)) == ["смета é.txt"]
 
 
+@bot_with(dict(RETRY_DELAYS=(0.05, 0.1, 0.2), GET_FILE_SECONDS=0.5))
 def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
     telegram.fault("download", status=500, when=lambda call: "voice" in call.params["path"])
     telegram.fault("download", drop="before", when=lambda call: "audio" in call.params["path"])
@@ -5665,6 +6543,18 @@ def test_a_local_server_has_no_limit(telegram, bot, tmp_path):
     assert wait_uploads(bot, 1) == {"huge.iso": b"really large"}
 
 
+@bot_with(dict(RETRY_DELAYS=(0.05,), GET_FILE_SECONDS=0.3))
+def test_a_file_that_is_unavailable_for_a_moment_is_asked_for_again(telegram, bot):
+    unavailable = "Bad Request: wrong file_id or the file is temporarily unavailable"
+    telegram.fault("getFile", status=400, description=unavailable, times=2)
+    telegram.send_file("document", b"precious", name="a.txt", thread=7)
+    assert wait_uploads(bot, 1) == {"a.txt": b"precious"}
+    telegram.fault("getFile", status=400, description=unavailable, times=None)
+    telegram.send_file("document", b"gone", name="b.txt", thread=7)
+    telegram.answer("I could not get b.txt", thread=7)
+    assert 3 + 3 <= len(telegram.find("getFile", ok=None)) <= 3 + 8
+
+
 def test_a_download_that_was_cut_off_is_done_again(telegram, bot):
     fault = telegram.fault("download", hang=60)
     telegram.send_file("document", b"precious", name="a.txt", caption="read this", thread=7)
@@ -5684,13 +6574,16 @@ case "$(cat "$1")" in
     silent) ;;
     broken) echo "model not found" >&2; exit 3;;
     endless) while :; do echo more and more; done;;
-    hangs) sleep 1000;;
+    hangs) setsid sleep 1000 & sleep 1000;;
 esac
 """
 
 
-@bot_with(dict(TRANSCRIBE_SECONDS=2), TRANSCRIBE_COMMAND="./transcribe")
+@bot_with(dict(TRANSCRIBE_SECONDS=1, **QUICK), TRANSCRIBE_COMMAND="./transcribe")
 def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
+    def sleeps():
+        return any(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bot.agents())
+
     bot.restart(TRANSCRIBE_COMMAND=str(bot.folder / "transcribe"))
     telegram.send_file("voice", b"fine", thread=1)
     missing = telegram.answer("🎙 The voice note could not be understood, so Kiro gets the file.\n", thread=1)
@@ -5701,15 +6594,21 @@ def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
     telegram.send_file("voice", b"fine", thread=1)
     telegram.answer("🎙 run the tests again", thread=1)
     telegram.answer("echo: run the tests again\n[File: ", thread=1)
-    for content, why in (("silent", "no text"), ("broken", "model not found"), ("endless", "too much"), ("hangs", "no end in 2 s")):
-        telegram.send_file("voice", content.encode(), thread=2)
-        assert "could not be understood" in telegram.answer(why, thread=2).text
-    telegram.answer("echo: [File: ", thread=2, count=4)
+    troubles = [("silent", "no text"), ("broken", "model not found"), ("endless", "too much"), ("hangs", "no end in 1 s")]
+    for thread, (content, _) in enumerate(troubles, 11):
+        telegram.send_file("voice", content.encode(), thread=thread)
+    for thread, (_, why) in enumerate(troubles, 11):
+        assert "could not be understood" in telegram.answer(why, thread=thread).text
+        telegram.answer("echo: [File: ", thread=thread)
     telegram.send_file("video_note", b"hangs", thread=3)
     telegram.wait_for(DRAFT, containing="Listening", thread=3)
     telegram.write("/stop", thread=3)
     telegram.answer("Stopped before Kiro began", thread=3)
-    wait_until(lambda: not any(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bot.agents()))
+    wait_until(lambda: not sleeps())
+    telegram.send_file("video_note", b"hangs", thread=4)
+    wait_until(sleeps)
+    bot.stop()
+    assert not bot.agents()
 
 
 def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
@@ -5719,7 +6618,7 @@ def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
     telegram.write("/stop", thread=7)
     telegram.answer("Stopped", thread=7, timeout=3)
     fault.end()
-    wait_until(lambda: not os.listdir(bot.workspace(7) / "uploads"), what="the end of the download")
+    wait_until(lambda: os.listdir(bot.workspace(7) / "uploads") == [".gitignore"], what="the end of the download")
     assert not bot.prompts()
 
 
@@ -5731,6 +6630,7 @@ def test_a_disk_that_takes_no_file_is_said(telegram, bot, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for thread in (7, 8):
         telegram.send_file("document", name="a.txt", caption="hello", thread=thread)
+    for thread in (7, 8):
         assert "a.txt: " in telegram.answer("I could not get", thread=thread).text
         telegram.answer("echo: hello", thread=thread)
     assert not list((tmp_path / "elsewhere").iterdir())
@@ -5866,6 +6766,63 @@ def test_files_are_sent_as_what_they_are(telegram, bot):
     assert "After." in text and "send_file" not in text
 
 
+@bot_with(dict(RETRY_DELAYS=(0.05,)))
+def test_a_large_file_is_never_held_in_memory(telegram, bot):
+    content = random.Random(1).randbytes(49 * MEGABYTE)
+    in_workspace(bot, {"large": content})
+    telegram.write("hello", thread=7)
+    telegram.answer("echo: hello", thread=7)
+    telegram.fault("sendDocument", status=502, html=True)
+    dictate(telegram, bot, tag("large", "a caption: ü 😀\n--"))
+    sent = telegram.wait_for("sendDocument", timeout=20)
+    assert sent.files["document"] == ("large", content) and sent.text == "a caption: ü 😀\n--"
+    assert bot.status("VmHWM") < 60 * 1024
+
+
+def test_a_file_that_changes_while_it_is_sent_is_sent_as_long_as_it_was(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"a" * 100_000)
+    with open(path, "rb") as file:
+        form = program.Form({"chat_id": 1}, "document", ("a", file))
+        path.write_bytes(b"a" * 200_000)
+        assert len(b"".join(form)) == len(form)
+        os.truncate(path, 50_000)
+        with pytest.raises(program.FileRefused):
+            list(form)
+
+
+def test_what_kiro_shows_beside_the_text_is_shown(telegram, bot):
+    import base64
+    folder, picture = in_workspace(bot, {"c d.txt": b"linked"}), base64.b64encode(png()).decode()
+    blocks = [{"type": "image", "mimeType": "image/png", "data": picture},
+              {"type": "resource_link", "uri": f"file://{folder}/c%20d.txt", "name": "c d.txt"},
+              {"type": "resource_link", "uri": "https://example.com/x", "name": "a page"},
+              {"type": "resource", "resource": {"uri": "file:///x", "text": "embedded"}},
+              {"type": "resource_link", "uri": "file:///etc/hostname", "name": "host"},
+              {"type": "image", "mimeType": "image/png", "data": "x"}, {"type": "image", "mimeType": [], "data": {}}, {"type": "text", "text": {}},
+              {"type": "resource", "resource": []}, {"type": "resource_link", "uri": "http://[", "name": {}}]
+    telegram.write("\n".join(["!say Look:", *(f"!block {json.dumps(block)}" for block in blocks), "!say the end"]), thread=7)
+    told = [telegram.answer(text, thread=7).text for text in ("Look:", "but it is outside", "but it can't be read")]
+    assert "[a page](https://example.com/x)" in told[0] and "embedded" in told[0] and "the end" in told[0]
+    assert [call.files["photo"][1] for call in telegram.find("sendPhoto")] == [png()]
+    assert [call.files["document"] for call in telegram.find("sendDocument")] == [("c d.txt", b"linked")]
+    telegram.write(f"!block {json.dumps(blocks[0])}", thread=7)
+    telegram.wait_for("sendPhoto", count=2)
+    wait_state(bot, "done", 2)
+    assert not telegram.find(containing="without saying")
+
+
+def test_get_sends_a_file_without_a_turn(telegram, bot):
+    in_workspace(bot, {"a b.txt": b"hello"})
+    telegram.write("/get a b.txt", thread=7)
+    assert telegram.wait_for("sendDocument", thread=7).files["document"] == ("a b.txt", b"hello")
+    for path, why in (("/etc/passwd", "outside of this topic's folder"), ("../../..", "outside"), ("", "not a regular file"),
+                      ("none", "no such file"), (".", "not a regular file"), ("x\0y", "can't be read"), ("x" * 300, "File name too long")):
+        assert why in ask(telegram, f"/get {path}")
+    assert not bot.prompts()
+    settle(bot)
+
+
 def test_files_that_must_not_be_sent_are_refused(telegram, bot, tmp_path):
     folder = in_workspace(bot, {"empty": b"", "fine.txt": b"fine", "huge": b"h"})
     (tmp_path / "secret").write_text("SECRET")
@@ -5976,45 +6933,53 @@ def test_no_prefix_of_an_answer_shows_a_piece_of_a_tag():
         assert "<" not in outside and "the caption" not in outside and "file" not in outside, shown
 
 
-def hostile_texts(length=30_000):
+def hostile_texts(length=100_000):
     """Texts that patterns choke on, by name: what is repeated, or begins and never ends."""
     def fill(piece):
         return (piece * (length // len(piece) + 1))[:length]
 
     cited = fill("[1](https://example.com/1), ")
     texts = {piece: fill(piece) for piece in (
-        "[", "](", "[a](", "![", "[[]", "[`", "[x]: u\n", "()", "<", "<a ", "<http://a", "`", "` a\n", "~", "~~~\n", "$", "!",
-        "*", "*a ", "_", "_a ", "> ", "> > > >\n", "> ```\n", "|", "| ", "a|b\n-|-\n", "|`a|b` ", "- ", "  - a\n", "-\n", "--- x\n",
-        "1. ", "#", "=", "\\", "https://a.b/(", "session ", " ", "\n", "x", "😀", '<send_file path="', '<send_file path="a"> ',
-        '<send_file path="a"/>`b`', "a b\n\n", '](a "', "[``[` ", "![](", "](<", "a|\n", "<br", "[\\", "*a\n", "~~a", "__a",
-        "https://a.b/((", "`a``b```c", "- [ ] a\n", "<send_file path=a", "<https://a", "\n> ", "[a]: b\n[a]", "*a* ")}
-    return {**texts, "citations": f"Sources: [{cited}]", "open citations": f"[{cited}",
-            "growing runs": " a ".join("`" * n for n in range(1, 440)), "tag and blanks": '<send_file path="a"' + fill(" "),
-            "cell and blanks": "|a|\n|" + fill(" ") + "a", "cells and blanks": fill("|" + " " * 1000 + "a\n"),
-            "code and blanks": "```\n" + fill(" "), "link and blanks": "[a](b" + fill(" ") + "c",
-            "rule": "|a|\n|" + fill("- -"), "not": "not" + fill(" "), "parentheses": "[a](" + fill("()")}
+        "[", "](", "[`", "[x]: u\n", "<", "<http://a", "`", "` a\n", "*", "_a ", "> > > >\n", "a|b\n-|-\n", "|`a|b` ",
+        "  - a\n", "-\n", "https://a.b/((", "session ", " ", "😀", '<send_file path="', '<send_file path="a"> ', '](a "', "[``[` ",
+        "[\\", "~~a", "`a``b```c", "<send_file path=a", "[a]: b\n[a]")}
+    return {**texts, "citations": f"Sources: [{cited}]", "growing runs": " a ".join("`" * n for n in range(1, 440)),
+            "tag and blanks": '<send_file path="a"' + fill(" "), "cells and blanks": fill("|" + " " * 1000 + "a\n"),
+            "link and blanks": "[a](b" + fill(" ") + "c", "rule": "|a|\n|" + fill("- -"), "not": "not" + fill(" "),
+            "parentheses": "[a](" + fill("()")}
 
 
 def time_hostile_texts():
     """Runs what looks into texts on each of them; prints what took long.  In a process of its own: it may never end."""
-    functions = [program.visible_text, lambda text: program.visible_text(text, still_coming=True), program.has_markdown,
-                 lambda text: list(program.split_text(text, 4096, program.utf16_length)), program.rich_safe,
-                 lambda text: list(program.rich_pieces(text)), program.close_code, program.plain_form,
-                 lambda text: program.tail(text, 4000),
-                 program.in_plain_sight, program.LOST.search, program.NOT_LOGGED_IN.search, program.PASSING.search,
-                 program.LOCKED.search]
+    functions = [lambda text: program.visible_text(text, still_coming=True), program.has_markdown, program.plain_form,
+                 program.rich_safe, lambda text: list(rich_pieces(text)), program.LOST.search, program.NOT_LOGGED_IN.search,
+                 program.PASSING.search, program.LOCKED.search]
     for name, text in hostile_texts().items():
         for number, function in enumerate(functions):
             begun = time.process_time()
             function(text)
-            if time.process_time() - begun > 0.5:
+            if time.process_time() - begun > 1:
                 print(f"{name!r}, function {number}: {time.process_time() - begun:.1f} s")
+    for function in (program.in_plain_sight, lambda text: program.tail(text, 4000)):
+        function("😀" * 50_000)
 
 
-def test_hostile_texts_take_no_time():
-    code = "import test_sessions; test_sessions.time_hostile_texts()"
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+@pytest.fixture(scope="session", autouse=True)
+def timing_of_hostile_texts(request):
+    """The process that times them, from the run's start on: it needs a processor for longer than any test, but not soon."""
+    if not any(item.name == "test_hostile_texts_take_no_time" for item in request.session.items):
+        yield
+        return
+    code = "import os; os.nice(19); import test_sessions; test_sessions.time_hostile_texts()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as timing:
+        yield timing
+        timing.kill()
+
+
+def test_hostile_texts_take_no_time(timing_of_hostile_texts):
+    told, errors = timing_of_hostile_texts.communicate(timeout=90)
+    assert (timing_of_hostile_texts.returncode, told) == (0, ""), errors
 
 
 @bot_with(QUICK)
@@ -6060,11 +7025,13 @@ def patched_kiro(folder, code):
 def test_each_option_of_a_permission_is_a_button(telegram, bot):
     telegram.write("!ask Running: make one\n!ask Running: make two\n"
                    "!tool edit Editing notes/todo.md\n!ask\n!say the end", thread=7)
+    styles = {"Yes": "success", "No": "danger"}
     for title, button, kind in (("make one", "Yes", "allow_once"),
                                 ("make two", "Always", "allow_always"),
                                 ("notes/todo.md", "No", "reject_once")):
         asked = question(telegram, title)
-        assert offers(telegram, asked) == ["Yes", "Always", "No"]
+        [row] = asked.params["reply_markup"]["inline_keyboard"]
+        assert [(b["text"], b.get("style")) for b in row] == [(name, styles.get(name)) for name in ("Yes", "Always", "No")]
         assert not asked.params.get("disable_notification")
         assert button in toast(telegram, telegram.press(asked, button))
         settled(telegram, asked, f"→ {button}")
@@ -6093,6 +7060,21 @@ def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
         late = telegram.press(asked[thread], data=first["callback_data"])
         assert toast(telegram, late) == "This is over."
     assert len(bot.wire("in", when=lambda e: "'outcome': 'cancelled'" in str(e["frame"]))) == 2
+
+
+def test_a_stop_does_not_wait_until_many_questions_are_asked(telegram, bot):
+    first, second = (telegram.fault("sendMessage", hang=10, when=lambda call, n=n: f"do {n}." in call.text) for n in (0, 20))
+    telegram.write("!ask_many 30\n!silence", thread=7)
+    bot.wait_wire("out", "session/request_permission", count=30)
+    first.end()
+    telegram.wait_for("sendMessage", containing="do 20.", ok=None)
+    tell(telegram, "/stop", 8, "Nothing is running")
+    telegram.write("/stop", thread=7)
+    wait_until(lambda: len(states(bot)) == 3)
+    second.end()
+    telegram.answer("Stopped", thread=7)
+    assert not telegram.texts(7, containing="do 29.")
+    goes_on(telegram, 7)
 
 
 @pytest.mark.parametrize("constants, others", [(dict(PERMISSION_SECONDS=0.5), []),
@@ -6128,6 +7110,56 @@ def test_the_clock_of_silence_stands_while_a_question_is_open_and_starts_anew_wi
     assert telegram.answer(thread=7, after=asked).text == "permission: allow_once\nand so on"
 
 
+DIFF = {"sessionUpdate": "tool_call_update", "toolCallId": "t1", "title": "Editing", "kind": "edit", "status": "completed",
+        "content": [{"type": "diff", "path": "src/a.py", "oldText": "one\ntwo\n", "newText": "one\n``` 2 & <b>\nthree\n"}]}
+DELETED = {"sessionUpdate": "tool_call", "toolCallId": "t2", "title": "Deleting b", "kind": "delete", "status": "completed",
+           "locations": [{"path": "b"}], "content": {}}
+
+
+def update(session_update, **more):
+    """The directive that sends this update as it is."""
+    params = {"update": {**session_update, **more}}
+    return "!raw " + json.dumps({"jsonrpc": "2.0", "method": "session/update", "params": params}) + "\n"
+
+
+def test_what_was_changed_is_counted_and_can_be_looked_at(telegram, bot):
+    telegram.write(update(DIFF) + update(DELETED) + update(DIFF, toolCallId="t3", status="failed", content=[])
+                   + "!credits 0.5 0.25\n!say Both **done**.", thread=7)
+    answer = telegram.answer("Both", thread=7)
+    assert re.fullmatch(r"Both \*\*done\*\*\.\n\n\d s · 1 step · 2 files · 0.75 credits", answer.text)
+    assert offers(telegram, answer) == ["Changes"]
+    toast(telegram, telegram.press(answer, "Changes"))
+    shown = telegram.answer("src/a.py", thread=7)
+    assert shown.text == "src/a.py  +2 -1\n- two\n+ ``` 2 & <b>\n+ three\n\nb  +0 -0"
+    [code] = shown.params["entities"]
+    assert (code["type"], code["offset"], code["length"]) == ("pre", 0, len(shown.text))
+    ask(telegram, "!say nothing changed")
+    assert toast(telegram, telegram.press(answer, "Changes")) == "This is over."
+    five_mb = [{"type": "diff", "path": "big.txt", "oldText": "a\n" * 1_200_000, "newText": "b\n" * 1_200_000}]
+    bot.control_file("big", update(DIFF, content=five_mb)[5:])
+    telegram.write("!raw_file big\n!say big", thread=7)
+    big = telegram.answer("big", thread=7)
+    telegram.press(big, "Changes")
+    [(name, data)] = telegram.wait_for("sendDocument", thread=7, timeout=20).files.values()
+    assert name == "changes.diff" and data.startswith(b"big.txt  +1200000 -1200000\n- a\n") and len(data) < 3 * 2**20
+    bot.restart()
+    assert toast(telegram, telegram.press(big, "Changes")) == "This is over."
+
+
+@bot_with(dict(LONG_SECONDS=0.1, **QUICK))
+def test_a_turn_that_took_long_says_what_it_took(telegram, bot):
+    telegram.write("!tool read Reading\n!tool_done\n!sleep 0.2\n!say here", thread=7)
+    assert telegram.answer("here", thread=7).text == "here\n\n0 s · 1 step · 0.03 credits"
+    telegram.write("!say part\n!silence", thread=7)
+    telegram.wait_for(DRAFT, containing="part")
+    time.sleep(0.1)
+    telegram.write("/stop", thread=7)
+    assert telegram.answer("part", thread=7).text.startswith("part\n\n⏹ Stopped.\n\n")
+    closing = program.Answer()
+    closing.credits = 1.23456
+    assert closing.closing(95.4) == "1 m 35 s · 1.235 credits" and closing.closing(0.05) == ""
+
+
 def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
     telegram.write("!ask Running: first", thread=7)
     telegram.write("!ask Running: second", thread=8)
@@ -6151,10 +7183,143 @@ def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
 def test_what_is_asked_outside_a_turn_is_refused_silently(telegram, bot):
     telegram.write("!late_ask\n!say first", thread=7)
     telegram.answer("first", thread=7)
-    bot.wait_wire("out", "session/request_permission")
+    bot.wait_wire("out", "elicitation/create")
     telegram.write("second", thread=7)
     telegram.answer("echo: second", thread=7)
     assert telegram.texts() == ["first", "echo: second"]
+
+
+class Answering:
+    """Answers what is asked in a topic, question by question."""
+
+    def __init__(self, telegram, thread=7):
+        self.telegram, self.thread, self.last = telegram, thread, None
+
+    def __call__(self, containing, answer, *labels):
+        """Wait for the next question; press the button of this name, or write the answer."""
+        asked = question(self.telegram, "", self.thread, after=self.last)
+        assert containing in asked.text and not (labels and offers(self.telegram, asked) != list(labels))
+        if answer in offers(self.telegram, asked):
+            assert toast(self.telegram, self.telegram.press(asked, answer)) == f"→ {answer}"
+        else:
+            self.telegram.write(answer, thread=self.thread)
+        settled(self.telegram, asked, f"→ {answer}")
+        self.last = asked
+        return asked
+
+
+COLOURS = {"type": "string", "oneOf": [{"const": "r", "title": "Red"}, {"const": "g", "title": "Green"}]}
+AGE = {"type": "integer", "minimum": 1, "maximum": 10}
+NAME = {"type": "string", "title": "Your name", "minLength": 2, "maxLength": 5, "pattern": "(a|a)*b"}
+SIZE = {"type": "string", "enum": ["S", "M", "L", "a very large one"], "description": "of the shirt"}
+
+
+def test_what_kiro_wants_to_know_is_asked_with_buttons_and_in_words(telegram, bot):
+    answer = Answering(telegram)
+    telegram.write(elicit("Colour?", {"colour": COLOURS}, ["colour"]) + elicit("Sure?", {"sure": {"type": "boolean"}})
+                   + elicit("Age?", {"age": AGE}, ["age"]) + elicit("Any?", {"any": {"type": "string"}}) + "!say end", thread=7)
+    first = answer("❓ Kiro asks: Colour?\ncolour", "Green", "Red", "Green", "Decline")
+    assert len(first.params["reply_markup"]["inline_keyboard"]) == 1
+    answer("Sure?", "Yes", "Yes", "No", "Skip", "Decline")
+    wanted = "age\nYour next message is the answer: a whole number, from 1, up to 10."
+    answer(f"❓ Kiro asks: Age?\n{wanted}", "eleven", "Decline")
+    for text in ("11", "0", "1.5", "1e999", "9" * 4000, "7"):
+        answer(f"⚠️ That does not fit.\n{wanted}", text)
+    answer("Any?", "Skip", "Skip", "Decline")
+    assert telegram.answer("end", thread=7).text.splitlines() == [
+        'elicited: accept {"colour": "g"}', 'elicited: accept {"sure": true}', 'elicited: accept {"age": 7}',
+        "elicited: accept {}", "end"]
+    assert len(bot.prompts()) == 1
+    assert ask(telegram, "and now?") == "echo: and now?"
+    settle(bot)
+
+
+def test_several_fields_are_asked_one_after_the_other_and_shown_before_they_are_sent(telegram, bot):
+    answer = Answering(telegram)
+    rate = {"type": "number", "minimum": 0, "maximum": None}
+    form = elicit("Order?", {"name": NAME, "size": SIZE, "rate": rate}, ["name", "size"])
+    telegram.write(form + form + elicit("Go on?", {}) + "!say end", thread=7)
+    first = answer("Order?\nYour name\nYour next message is the answer: a text, at least 2 characters, at most 5 characters, "
+                   "of the form (a|a)*b.", "a" * 4000)
+    assert "Your name" in answer("That does not fit", "aab").text
+    size = question(telegram, "of the shirt", after=first)
+    with telegram.batch_of_updates():  # of two presses the first counts, and the second does not answer the next field
+        queries = [telegram.press(size, "S"), telegram.press(size, "M")]
+    assert [toast(telegram, query) for query in queries] == ["→ S", "This is over."]
+    settled(telegram, size, "→ S")
+    answer.last = size
+    answer("rate\nYour next message is the answer: a number, from 0.", "-1", "Skip", "Decline")
+    answer("That does not fit", "2.5")
+    answer("❓ Kiro asks: Order?\nname: aab\nsize: S\nrate: 2.5", "Send", "Send", "Decline")
+    answer("Order?", "bb")
+    answer("of the shirt", "L", "S", "M", "L", "a very large one", "Decline")
+    answer("rate", "Skip")
+    answer("❓ Kiro asks: Order?\nname: bb\nsize: L", "Decline")
+    answer("Go on?", "Send")
+    assert telegram.answer("elicited", thread=7).text.splitlines() == [
+        'elicited: accept {"name": "aab", "size": "S", "rate": 2.5}', "elicited: decline null", "elicited: accept {}", "end"]
+
+
+@bot_with(dict(JOIN_SECONDS=0.3))
+def test_an_address_is_opened_only_when_it_shows_where_it_leads(telegram, bot):
+    answer = Answering(telegram)
+    telegram.write(elicit("Sign in", mode="url", url="https://id.test/a?b=c%20d#e")
+                   + elicit("More", mode="url", url="https://x.test") + "!say end", thread=7)
+    asked = answer("❓ Kiro asks: Sign in\nIt wants you to open id.test:\nhttps://id.test/a?b=c%20d#e", "Done",
+                   "Open id.test", "Done", "Decline")
+    assert asked.params["reply_markup"]["inline_keyboard"][0][0]["url"] == "https://id.test/a?b=c%20d#e"
+    answer("https://x.test", "Decline")
+    assert telegram.answer("end", thread=7).text.splitlines()[:2] == ["elicited: accept null", "elicited: decline null"]
+    deep = {"type": "string"}
+    for _ in range(100):
+        deep = {"type": "object", "properties": {"a": deep}}
+    wide = {f"f{n}": {"type": "string"} for n in range(1000)}
+    odd = {"type": "string", "oneOf": [1, {"const": []}, {"title": {}, "const": None}, {}]}
+    telegram.write(elicit("deep", {"a": deep}) + elicit("wide", wide) + elicit("odd", {"x": odd}) + "!say done", thread=7)
+    answer("wide\nf0", "Decline")
+    telegram.press(question(telegram, "odd\nx"), "None")
+    telegram.answer('elicited: decline null\nelicited: decline null\nelicited: accept {"x": null}\ndone', thread=7)
+
+
+@bot_with(dict(PERMISSION_SECONDS=0.6))
+def test_stop_time_and_the_end_of_the_turn_cancel_a_form(telegram, bot):
+    form = elicit("Name?", {"name": {"type": "string"}, "more": {"type": "string"}})
+    telegram.write(form + "!say end", thread=7)
+    telegram.write(form + "!say end", thread=8)
+    for thread in (7, 8):
+        asked = question(telegram, "Name?", thread)
+        telegram.write("Ann", thread=thread)
+        settled(telegram, asked, "→ Ann")
+    second = question(telegram, "more", 8)
+    telegram.write("/stop", thread=8)
+    settled(telegram, second, "Refused: stopped")
+    telegram.answer("Stopped", thread=8)
+    settled(telegram, question(telegram, "more", 7), "Refused: nobody answered")
+    telegram.answer("elicited: cancel null\nend", thread=7)
+    telegram.write("next", thread=8)
+    telegram.answer("echo: next", thread=8)
+
+
+def test_a_question_may_be_answered_before_telegram_has_confirmed_it(telegram, bot):
+    fault = telegram.fault("sendMessage", hang=10)
+    telegram.write(elicit("Name?", {"name": {"type": "string"}}) + "!say end", thread=7)
+    asked = question(telegram, "Name?")
+    telegram.write("Ann", thread=7)
+    bot.wait_wire("in", when=lambda entry: "content" in entry["frame"].get("result", {}))
+    fault.end()
+    settled(telegram, asked, "→ Ann")
+    telegram.answer('elicited: accept {"name": "Ann"}', thread=7)
+
+
+def test_a_server_that_knows_no_colours_gets_none(telegram, bot):
+    telegram.fault("sendMessage", status=400, description="Bad Request: field style is unknown", times=None,
+                   when=lambda call: "style" in json.dumps(call.params.get("reply_markup", {})))
+    answer = Answering(telegram)
+    telegram.write("!ask Running: make one\n!ask Running: make two\n!say end", thread=7)
+    answer("make one", "Yes", "Yes", "Always", "No")
+    answer("make two", "No")
+    telegram.answer("end", thread=7)
+    assert len(telegram.find("sendMessage", ok=False)) == 2
 
 
 ODD_OPTIONS = """
@@ -6179,7 +7344,7 @@ def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, make_b
 
 QUESTIONS = [
     ({"title": "Running: npm test", "kind": "execute", "rawInput": {"command": "npm test"}}, "Running: npm test"),
-    ({"title": "Running", "rawInput": {"command": ["rm", "-rf", "/"]}}, "Running\ncommand: rm -rf /"),
+    ({"title": "Running", "rawInput": {"command": ["rm", "-rf", "/"]}}, "Running\ncommand: [\"rm\", \"-rf\", \"/\"]"),
     ({"title": "Running: @postgres/execute_sql", "rawInput": {"sql": "DROP TABLE x", "limit": {"rows": 3}}},
      'Running: @postgres/execute_sql\nsql: DROP TABLE x\nlimit: {"rows": 3}'),
     ({"title": "src/a.py", "kind": "edit", "locations": [{"path": "src/a.py"}, {"path": "/b"}, 7], "content": [
@@ -6190,6 +7355,7 @@ QUESTIONS = [
      "write (edit)\nn\n+ all\n+ new"),
     ({"title": "read\u202e\0", "rawInput": "what\u200b"}, "read\\u202e\\u0000\nwhat\\u200b"),
     ({"title": ["odd"], "kind": {}, "rawInput": [1], "content": "x", "locations": {}}, "['odd']\n[1]"),
+    ({"title": "Running: ls /", "rawInput": {"command": "ls /", "cwd": "/", "dir": "s /"}}, "Running: ls /\ncwd: /\ndir: s /"),
     ({}, "use a tool"),
 ]
 
@@ -6197,6 +7363,13 @@ QUESTIONS = [
 @pytest.mark.parametrize("call, shown", QUESTIONS)
 def test_a_question_shows_all_that_is_asked(call, shown):
     assert program.Answer().describe(call) == f"❓ Kiro wants to: {shown}"
+
+
+def test_what_a_question_does_not_say_is_as_it_was_said_before():
+    answer, call = program.Answer(), {"title": "Running: rm", "kind": "execute", "rawInput": {"flags": "-rf /"}}
+    answer.hear("session/update", {"update": {"sessionUpdate": "tool_call", "toolCallId": "t", **call}})
+    shown = answer.describe({"toolCallId": "t", "title": None, "kind": None, "rawInput": None, "content": None})
+    assert shown == "❓ Kiro wants to: Running: rm\nflags: -rf /"
 
 
 def test_what_a_question_leaves_out_is_counted():
@@ -6236,6 +7409,37 @@ def test_an_answer_takes_in_what_kiro_says():
     assert answer.grace
     parts = answer.parts(program.Outcome("⏹ Stopped.", stopped=True), "note", ["full"])
     assert [part["text"] for part in parts] == ["note", "one two\n\nthree", "full"] and parts[1]["end"] == "⏹ Stopped."
+
+
+def test_messages_of_an_agent_are_set_apart():
+    answer = program.Answer()
+    for number, text in ((1, "one"), (1, " more"), (2, "two")):
+        answer.hear("session/update", {"update": {"sessionUpdate": "agent_message_chunk", "messageId": number,
+                                                  "content": {"type": "text", "text": text}}})
+    answer.hear("session/update", {"update": {"sessionUpdate": "plan", "entries": []}})
+    answer.say("three")
+    assert answer.text() == "one more\n\ntwo\n\nthree"
+
+
+def test_a_question_shows_what_the_call_said_before_too():
+    answer = program.Answer()
+    block = {"type": "content", "content": {"type": "text", "text": "echo begun; sleep 61"}}
+    answer.hear("session/update", {"update": {"sessionUpdate": "tool_call", "toolCallId": "t", "title": "Shell",
+                                              "content": [block]}})
+    shortened = {"type": "content", "content": {"type": "text", "text": "approval to run: echo beg…"}}
+    shown = answer.describe({"toolCallId": "t", "content": [shortened, block]})
+    assert shown == "❓ Kiro wants to: Shell\napproval to run: echo beg…\necho begun; sleep 61"
+
+
+def test_titles_have_nothing_of_ours():
+    assert program.title_of(f"look at the footer {program.LESSON}") == "look at the footer"
+
+
+def test_lists_in_a_form_are_written_with_commas():
+    field = {"type": "array", "items": {"anyOf": [{"const": "s", "title": "Small"}, {"const": "l", "title": "Large"}]}}
+    assert program.wanted(field) == "one or more of Small, Large, with commas between"
+    assert program.value_of(field, "large, Small") == ["l", "s"] and program.value_of(field, "large, huge") is None
+    assert not program.wanted({"type": "array", "items": {"type": "object"}})
 
 
 def test_an_answer_that_is_nothing_but_a_tool_call_says_what_that_said():
@@ -6417,13 +7621,13 @@ def test_a_check_finds_everything_in_order(telegram, make_bot):
 TROUBLES = [
     (dict(KIRO_COMMAND="no-such-kiro acp"), "FAIL  Kiro: KIRO_COMMAND: no-such-kiro is not found"),
     (dict(KIRO_COMMAND="sh -c 'echo error: You are not logged in >&2; exit 1'"), "kiro-cli login --use-device-flow"),
-    (dict(TELEGRAM_API_URL="http://127.0.0.1:9"), "FAIL  Telegram: Telegram can't be reached"),
-    (dict(BOT_TOKEN="123456:another-token"), "FAIL  Telegram: BOT_TOKEN is not accepted"),
+    (dict(TELEGRAM_API_URL="http://127.0.0.1:9"), "FAIL  Bot: Telegram can't be reached"),
+    (dict(BOT_TOKEN="123456:another-token"), "FAIL  Bot: BOT_TOKEN is not accepted"),
 ]
 
 
 def test_a_check_says_what_is_wrong(make_bot):
-    bots = [make_bot(str(number)).hurry(REPLACED_SECONDS=0) for number in range(len(TROUBLES))]
+    bots = [make_bot(str(number)).hurry(REPLACED_SECONDS=0, CHECK_SECONDS=0.5) for number in range(len(TROUBLES))]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda bot, case: bot.run("--check", **case[0]), bots, TROUBLES)
     for result, (_, told) in zip(results, TROUBLES):
@@ -6484,6 +7688,115 @@ def test_ctrl_c_stops_a_turn_of_the_console(make_bot):
     assert "so far" in out and "Stopped" in out and "echo: next" in out
 
 
+def at_console(bot, **environment):
+    """A person at the console, with the terminal of a visitor."""
+    environment = {**bot.environment(), "TERM": "xterm", **environment}
+    return Typist(bot.command("--console"), cwd=bot.folder, env=environment)
+
+
+def test_the_console_is_a_place_to_try_it_all(make_bot):
+    bot = make_bot(BOT_TOKEN=None, KIRO_COMMAND="python test_sessions.py")
+    with at_console(bot, KIRO_STAND_IN="") as person:
+        assert "Ctrl-D leaves" in person.type("")
+        person.type("helo\x1b[Dl\r", "You wrote: **hello**")  # an arrow key
+        person.type("")
+        assert re.findall("- `([a-z]+)`: ", person.type("help\r")) == ["ask", "table", "file", "slow"]
+        person.type("ask\r", "Choose 1-3: ")
+        assert "Stopped" not in person.type("yes\r", "Choose 1-3: ")
+        assert "→ Yes" in person.type("1\r", "That was your decision.")
+        assert "| dog | 4 |" in person.type("table\r", "print(4 + 2)")
+        person.type("", "> ")
+        assert "animals.txt] Animals" in person.type("file\r")
+        person.type("slow\r", "002")
+        assert "⏹ Stopped." in person.type("\x03")
+        assert person.type("/help\r").count("/status ") == 1
+        assert "\n  claude-" in person.type("/model\r")
+        assert "Nothing is running" in person.type("/stop\r")
+        assert "Session: " in person.type("/status\r")
+        back, = re.findall(r"Back to the former session +(/sessions [0-9a-f]{16})", person.type("/new\r"))
+        assert "Going on with" in person.type(back + "\r")
+        person.type("\x1b[200~two\nlines\x1b[201~\r", "You wrote: **two\r\nlines**")  # pasted
+        person.type("", "> ")
+        assert "two" in person.type("\x1b[A" * 4 + "\r", "Session: ")  # the history: /status again
+        person.type("exit\r", "\n")
+        assert person.process.wait(10) == 0
+
+
+def test_a_console_without_kiro_says_so_before_the_first_prompt(make_bot):
+    bot = make_bot(BOT_TOKEN=None, KIRO_COMMAND="no-such-kiro acp").hurry(REPLACED_SECONDS=0)
+    with at_console(bot) as person:
+        greeting = person.type("")
+        assert greeting.count("no-such-kiro is not found") == 1 and "KIRO_COMMAND='python test_sessions.py'" in greeting
+        answer = person.type("hello\r")
+        assert answer.count("no-such-kiro") == 1 and "WARNING" not in answer and "ERROR" not in answer
+        person.type("\x04", "\n")
+        assert person.process.wait(10) == 0
+
+
+def test_python_in_the_command_is_this_one_where_there_is_no_other(monkeypatch):
+    monkeypatch.setenv("PATH", "/no/such/folder")
+    assert read_settings({"KIRO_COMMAND": "python x"}, REPO, need_token=False).kiro_command == [sys.executable, "x"]
+
+
+def test_without_the_requirements_it_says_how_to_install_them(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    result = subprocess.run([tmp_path / "bare/bin/python", REPO / "bot.py"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "is not installed" in result.stderr and "pip install -q -r requirements.txt" in result.stderr
+
+
+def test_the_server_tells_a_topic_something(telegram, bot):
+    telegram.open_topic(7)
+    assert "\nTopic: 1001/7\n" in ask(telegram, "/status")
+    told = bot.run("--tell", "1001/7", "CI", "failed", BOT_TOKEN=None)
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    telegram.write("now poll", thread=8)  # the next round of the poll
+    shown = telegram.answer("⏰ From the server: CI failed", thread=7)
+    assert shown.params["disable_notification"] is True
+    answer = telegram.answer("echo: [From the server, not from the user:]\nCI failed", thread=7)
+    assert not answer.params.get("disable_notification")
+    telegram.write(elicit("Name?", {"name": {"type": "string"}}) + "!say asked", thread=7)
+    asked = question(telegram, "Name?")
+    bot.run("--tell", "1001/7", "no answer to it")
+    telegram.write("poll again", thread=8)
+    telegram.answer("⏰ From the server: no answer to it", thread=7)
+    telegram.write("Ann", thread=7)
+    settled(telegram, asked, "→ Ann")
+    telegram.answer("echo: [From the server, not from the user:]\nno answer to it", thread=7)
+    bot.stop()
+    with ThreadPoolExecutor() as pool:
+        told = pool.map(lambda how: bot.run("--tell", *how[0], input=how[1]),
+                        ((["1001/7"], "/new"), (["1001/0", "root"], "")))
+    assert [done.returncode for done in told] == [0, 0]
+    bot.run("--tell", "1002/9", "bob's")
+    bot.start(BOT_TOKEN=TOKEN, ALLOWED_TELEGRAM_IDS=str(ALICE["id"]))
+    telegram.answer("echo: [From the server, not from the user:]\n/new", thread=7)
+    telegram.answer("root", thread=None)
+    wait_until(lambda: states(bot)[-3:] == ["done", "done", "waiting"], what="the end of all turns but Bob's")
+    assert not telegram.texts(user=BOB)
+
+
+@bot_with(dict(TOLD_AT_MOST=4))
+def test_what_the_server_may_not_tell_is_one_line(bot):
+    bot.stop()
+    refused = [(["1001/7"], " \n", "1 to 100000 bytes"), (["1001/7", ""], "x", "1 to 100000 bytes"),
+               (["1001/7"], "é" * 60_000, "1 to 100000 bytes"), (["6666/7", "x"], "", "of an allowed user"),
+               (["1001", "x"], "", "USER/THREAD"), (["1001/7/8", "x"], "", "USER/THREAD"), (["١/٧", "x"], "", "USER/THREAD")]
+    taken = [["1001/7", "again"]] * 4 + [["1001/8", "elsewhere"]]
+    with ThreadPoolExecutor(4) as pool:
+        refusals = pool.map(lambda case: bot.run("--tell", *case[0], input=case[1]), refused)
+        others = pool.map(lambda arguments: bot.run("--tell", *arguments), taken)
+    for done, (_, _, said) in zip(refusals, refused):
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [done.returncode for done in others] == [0] * len(taken)
+    with ThreadPoolExecutor() as pool:
+        done, elsewhere = pool.map(lambda thread: bot.run("--tell", f"1001/{thread}", "one more"), (7, 8))
+    assert done.returncode == 1 and "4 messages wait" in done.stderr and elsewhere.returncode == 0
+    (bot.folder / "tg-acp.db").unlink()
+    done = bot.run("--tell", "1001/7", "x")
+    assert done.returncode == 2 and "run it in the bot's folder" in done.stderr
+
+
 def test_the_help_describes_the_modes(make_bot):
     result = make_bot().run("--help")
     assert result.returncode == 0
@@ -6513,3 +7826,17 @@ def test_the_readme_and_the_example_name_each_setting_with_its_default():
 def test_the_ci_runs_the_readmes_test_command():
     command, = re.findall(r"^(python3 -m venv .*pytest.*)$", readme(), re.M)
     assert command in (REPO / ".ci/run").read_text()
+
+
+def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
+    """What became of the bot of the first test of Telegram's faults; here, so that some time has passed."""
+    bot, telegram = thrown_out
+    assert bot.running()
+    telegram.wait_for("getUpdates", ok=None, count=2)
+    stray, second, *later = telegram.find("getUpdates", ok=None)
+    assert 1 <= second.time - stray.time < 5
+    if time.monotonic() - second.time < 35:
+        assert not later
+    else:
+        telegram.answer("after the other bot", thread=7)
+        assert later[0].time - second.time >= 35
