@@ -2960,6 +2960,8 @@ class Process:
             end_processes(self.family, TERM_SECONDS, self._attend)
             for _ in range(64):                  # more than the pipes can hold of its last words
                 self._attend(0)
+            if self._line:                       # it never ended, and what is dying may still hold the pipe open
+                self._take(self._line)
         except Exception:   # a bug: no place must be lost with it
             log.exception("The keeper of %s has failed", self.pid)
         finally:
@@ -2992,8 +2994,8 @@ class Process:
     def _read(self) -> None:
         """Take what it says; without stdout it is of no use any more."""
         data = self._popen.stdout.read(65536)
-        self._line += data or b"\n"     # the last one may lack its end
-        if not data or b"\n" in data:
+        self._line += data
+        if b"\n" in data:
             *lines, self._line = self._line.split(b"\n")
             for line in lines:
                 self._take(line)
