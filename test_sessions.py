@@ -1206,7 +1206,7 @@ class Turn:
                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout.readline()
 
 
-if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["load"], ["kills"], ["watch"]):
+if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["load"], ["kills"], ["watch"], ["nursery"]):
     Agent().run()
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2338,8 +2338,97 @@ def watch(folder):
         time.sleep(0.01)
 
 
+class Nursery:
+    """A process that has imported `bot.py` and forks into bots: that saves most of what it costs to start one."""
+
+    def __init__(self, folder):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:  # the mark in the environment is for watched()
+            self.process = subprocess.Popen([sys.executable, "-m", Path(__file__).stem, "nursery"], stdin=theirs, start_new_session=True, cwd=folder,
+                                            env={**os.environ, "PYTHONPATH": str(REPO), "KIRO_STAND_IN": f"{folder}/nursery"})
+        self.requests = ours
+
+    def bear(self, statements, arguments, cwd, environment, streams):
+        """Start a bot; returns its process."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            request = json.dumps([statements, arguments, str(cwd), environment]).encode()
+            socket.send_fds(self.requests, [request], [streams[name].fileno() for name in ("stdin", "stdout", "stderr")] + [theirs.fileno()])
+        return Newborn(ours)
+
+    def close(self):
+        self.requests.close()
+        self.process.wait()
+
+
+class Newborn:
+    """A bot that the nursery has started, to be handled like a Popen."""
+
+    def __init__(self, news):
+        self.news = news.makefile()  # a line with its pid, and one with its exit status
+        news.close()
+        self.pid, self.returncode = int(self.news.readline()), None
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.news], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("bot.py", timeout)
+            self.returncode = os.waitstatus_to_exitcode(int(self.news.readline()))
+        return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def nursery():
+    """The nursery's process: have a bot for each request, until there are no more."""
+    import bot
+    import sessions
+    requests = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the nurses
+    while (request := socket.recv_fds(requests, 10**6, 4))[0]:
+        if not os.fork():
+            return nurse(request, {"bot": bot, "sessions": sessions, "re": re})
+        for descriptor in request[1]:
+            os.close(descriptor)
+
+
+def nurse(request, names):
+    """Have one bot, tell its pid and then its exit status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    statements, arguments, cwd, environment = json.loads(request[0])
+    *streams, news = request[1]
+    if pid := os.fork():
+        os.write(news, b"%d\n" % pid)
+        os.write(news, b"%d\n" % os.waitpid(pid, 0)[1])
+        os._exit(0)
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    for descriptor in request[1]:
+        os.close(descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    exec(statements, names)
+    names["bot"].start(arguments)
+
+
 class Bot:
     """The bot in a folder of its own; settings are given as keywords and written to its `.env`."""
+
+    nursery = None  # where bots come from; without one each is `python bot.py`
 
     def __init__(self, folder, telegram, **settings):
         self.folder = Path(folder) / "bot"
@@ -2349,6 +2438,7 @@ class Bot:
             path.mkdir(parents=True, exist_ok=True)
         self.telegram = telegram
         self.process = None
+        self.statements = ""
         self.others = set()  # processes of this folder that are neither the bot nor agents: run()
         self.frames, self.frames_read = [], 0
         self.log_path = Path(folder) / "log"
@@ -2374,6 +2464,7 @@ class Bot:
                 "KIRO_STAND_IN": str(self.control)}
 
     def command(self, *arguments):
+        """The command line for what does not come from the nursery."""
         return [sys.executable, str(REPO / "bot.py"), *arguments]
 
     def hurry(self, **constants):
@@ -2383,17 +2474,22 @@ class Bot:
 
     def change(self, statements):
         """From now on run the bot after these statements, which may break it; returns self."""
-        program = f"import bot, re, sessions; {statements or None}; bot.start"
-        self.command = lambda *arguments: [sys.executable, "-c", f"{program}({list(arguments)})"]
+        self.statements = statements
         return self
+
+    def launch(self, arguments, stdin, stdout, stderr):
+        """Start `bot.py`: as a process of its own, or sooner, by the nursery; returns it."""
+        streams = dict(stdin=stdin, stdout=stdout, stderr=stderr)
+        if self.nursery and "command" not in vars(self):
+            return self.nursery.bear(self.statements, arguments, self.folder, self.environment(), streams)
+        return subprocess.Popen(self.command(*arguments), cwd=self.folder, env=self.environment(), **streams)
 
     def start(self, wait=True, **settings):
         """Start the bot, and wait until it polls."""
         self.set(**settings)
         before = self.telegram.mark()
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(self.command(), cwd=self.folder, env=self.environment(), stdout=log,
-                                            stderr=log, stdin=subprocess.DEVNULL)
+        with open(self.log_path, "ab") as log, open(os.devnull, "rb") as nothing:
+            self.process = self.launch([], nothing, log, log)
         if wait:
             self.telegram.wait_until(lambda: self.has_polled(before), 15, "the bot's first poll")
         return self
@@ -2407,8 +2503,16 @@ class Bot:
         """Run `bot.py` with these arguments to its end; returns the CompletedProcess, with its output as text."""
         if settings:  # several may run at once, and read what would be written
             self.set(**settings)
-        return subprocess.run(self.command(*arguments), cwd=self.folder, env=self.environment(), input=input,
-                              capture_output=True, text=True, timeout=timeout)
+        with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            stdin.write(input)
+            stdin.seek(0)
+            process = self.launch(arguments, stdin, stdout, stderr)
+            try:
+                status = process.wait(timeout)
+            finally:
+                process.kill()
+            said = [os.pread(file.fileno(), 10**6, 0).decode() for file in (stdout, stderr)]
+        return subprocess.CompletedProcess(arguments, status, *said)
 
     def stop(self, timeout=5, by=signal.SIGTERM):
         """End the bot in the orderly way; returns the seconds that it took."""
@@ -2872,7 +2976,7 @@ class Soak:
 
 
 if __name__ == "__main__":
-    run, arguments = {"bench": bench, "load": load, "kills": kills, "watch": watch}[sys.argv[1]], sys.argv[2:]
+    run, arguments = {"bench": bench, "load": load, "kills": kills, "watch": watch, "nursery": nursery}[sys.argv[1]], sys.argv[2:]
     raise SystemExit(run(*(arguments if run is watch else map(int, arguments))))
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2911,7 +3015,7 @@ class Spares:
         constants, settings = getattr(test.function, "bot_with", ({}, {}))
         telegram = Telegram()
         bot = Bot(self.folders.mktemp("bot"), telegram, **settings)
-        bot.hurry(**constants)  # also without: bot.py need not start itself anew; tests that make their bots see to that
+        bot.hurry(**constants)
         return telegram, bot.start()
 
     def take(self, test):
@@ -2934,7 +3038,9 @@ def orderly_run(tmp_path_factory):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # children would inherit that, but not a handler
         signal.signal(signal.SIGINT, lambda *_: None)
     with watched(tmp_path_factory.getbasetemp()):
+        Bot.nursery = Nursery(tmp_path_factory.getbasetemp())
         yield
+        Bot.nursery.close()
 
 
 @pytest.fixture(scope="session")
@@ -3108,24 +3214,18 @@ BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORK
                 ("TELEGRAM_API_URL", "http://127.0.0.1:99999")]
 
 
-def said_by(process):
-    """What a bot said before it ended, but for what it found."""
-    try:
-        return [line for line in process.communicate(timeout=20)[1].splitlines() if " INFO " not in line]
-    except subprocess.TimeoutExpired:
-        raise AssertionError("the bot runs with such a setting") from None
+def said_by(bot):
+    """What a bot said, but for what it found."""
+    return [line for line in bot.log().splitlines() if " INFO " not in line]
 
 
 def test_a_bad_setting_is_one_line_that_names_it(make_bot):
     def attempt(number, name, value):
-        bot = make_bot(f"bad{number}", **{name: value})
-        bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(),
-                                       stderr=subprocess.PIPE, text=True)
-        return bot.process
+        return make_bot(f"bad{number}", **{name: value}).start(wait=False)
     attempts = [(name, value, attempt(number, name, value)) for number, (name, value) in enumerate(BAD_SETTINGS)]
-    for name, value, process in attempts:
-        said = said_by(process)
-        assert (process.returncode, len(said)) == (2, 1) and name in said[0], (name, value, said)
+    for name, value, bot in attempts:
+        status, said = bot.ended(20), said_by(bot)
+        assert (status, len(said)) == (2, 1) and name in said[0], (name, value, said)
         assert "secret" not in said[0]
 
 
@@ -3136,11 +3236,9 @@ def test_a_setting_that_is_misspelt_is_named(telegram, make_bot):
 
 
 def test_a_line_of_the_settings_that_cannot_be_read_is_told(make_bot):
-    bot = make_bot(ALLOWED_TELEGRAM_IDS='"1001')
-    bot.process = subprocess.Popen(bot.command(), cwd=bot.folder, env=bot.environment(),
-                                   stderr=subprocess.PIPE, text=True)
-    said = said_by(bot.process)
-    assert bot.process.returncode == 2 and len(said) == 1 and ".env" in said[0], said
+    bot = make_bot(ALLOWED_TELEGRAM_IDS='"1001').start(wait=False)
+    status, said = bot.ended(20), said_by(bot)
+    assert status == 2 and len(said) == 1 and ".env" in said[0], said
 
 
 # ---------------------------------------------------------------------------------------------------------
