@@ -58,6 +58,8 @@ CREATE TABLE IF NOT EXISTS used_sessions (        -- the last ten of each thread
     used_at    TEXT    NOT NULL,
     PRIMARY KEY (user_id, thread_id, session_id)
 );
+"""
+JOURNAL = """
 CREATE TABLE IF NOT EXISTS inbox (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,   -- order of arrival
     update_id  INTEGER NOT NULL UNIQUE,
@@ -141,11 +143,11 @@ WHERE state IN ('begun', 'answered') GROUP BY turn_id ORDER BY turn_id
 KEEP_PARTIAL = "UPDATE turns SET partial = ? WHERE turn_id = ?"
 SET_OFFER = "UPDATE turns SET offer = ? WHERE turn_id = ?"
 ADD_PART = "INSERT INTO parts (turn_id, position, body) VALUES (?, ?, ?)"
-PARTS = "SELECT position, body FROM parts WHERE turn_id = ? ORDER BY position"
-DELETE_PART = "DELETE FROM parts WHERE turn_id = ? AND position = ?"
+PARTS = "SELECT body FROM parts WHERE turn_id = ? ORDER BY position"
 DELETE_PARTS = "DELETE FROM parts WHERE turn_id = ?"
 TAKE_OUT = """
-UPDATE inbox SET state = ?, turn_id = NULL, changed_at = ? WHERE turn_id = ? AND state IN ('begun', 'answered', 'offered')
+UPDATE inbox SET state = ?, turn_id = NULL, changed_at = ?
+WHERE turn_id = ? AND user_id = ? AND state IN ('begun', 'answered', 'offered')
 """
 PURGE_INBOX = "DELETE FROM inbox WHERE state = 'done' AND changed_at < ?"
 PURGE_TURNS = "DELETE FROM turns WHERE turn_id NOT IN (SELECT turn_id FROM inbox WHERE turn_id IS NOT NULL)"
@@ -201,11 +203,13 @@ def utc_now() -> str:
 
 
 class SessionStore:
-    """The database file at `db_path`, made when it is missing; a context manager.  Raises StoreError."""
+    """The database file at `db_path`, made when it is missing; a context manager.  With `journal="TEMP TABLE"` messages, turns and
+    parts are nobody else's, and end with it.  Raises StoreError."""
 
-    def __init__(self, db_path: str) -> None:
+    def __init__(self, db_path: str, journal: str = "TABLE") -> None:
         self._lock = threading.Lock()   # held for one transaction
         self._path = db_path
+        self._schema = SCHEMA + JOURNAL.replace("TABLE", journal)
         self._open()
 
     def _open(self) -> None:
@@ -213,11 +217,11 @@ class SessionStore:
         self._inode: Optional[int] = -1         # until it is open
         try:
             self._connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, check_same_thread=False)
-            self._connection.executescript(SCHEMA)
+            self._connection.executescript(self._schema)
             self._connection.execute(IS_OURS)       # somebody else's tables are refused here
             self._inode = _inode(self._path)
         except sqlite3.Error as error:
-            raise StoreError(str(error)) from error
+            raise StoreError(f"The database {self._path} can't be used: {error}") from error
 
     def __enter__(self) -> "SessionStore":
         return self
@@ -386,30 +390,27 @@ class SessionStore:
         self._execute(KEEP_PARTIAL, text, turn_id)
 
     def answer(self, turn_id: int, bodies: Iterable[str], offer: bool = False) -> None:
-        """The turn has ended with these parts, in the place of any that it had; with `offer` it can be asked again once they
-        are sent.  Their positions are 0, 1, ..."""
+        """The turn has ended, and these parts are what is still to be sent of its answer; with `offer` it can be asked again
+        once they are."""
         with self._transaction() as db:
             db.execute(DELETE_PARTS, (turn_id,))
             db.executemany(ADD_PART, [(turn_id, position, body) for position, body in enumerate(bodies)])
             db.execute(SET_OFFER, (offer, turn_id))
             db.execute(TURN_STATE, ("answered", utc_now(), turn_id))
 
-    def parts(self, turn_id: int) -> list[tuple[int, str]]:
-        """Return (position, body) of the parts that Telegram has not confirmed, in order."""
-        return self._execute(PARTS, turn_id)
-
-    def tick(self, turn_id: int, position: int) -> None:
-        """Telegram has confirmed this part."""
-        self._execute(DELETE_PART, turn_id, position)
+    def parts(self, turn_id: int) -> list[str]:
+        """Return the parts that Telegram has not confirmed, in order."""
+        return [body for body, in self._execute(PARTS, turn_id)]
 
     def finish(self, turn_id: int, offer: bool = False) -> None:
         """All parts of the answer are sent: the turn is done, or with `offer` the topic has the buttons to ask it again."""
         self._execute(TURN_STATE, "offered" if offer else "done", utc_now(), turn_id)
 
-    def drop(self, turn_id: int, then: str = "done") -> bool:
-        """Give an offered turn up; return False when there was nothing to give up."""
+    def drop(self, turn_id: int, user_id: int, then: str = "done") -> list[InboxMessage]:
+        """Give a user's offered turn up; return its messages, none when there was nothing to give up."""
         with self._transaction() as db:
-            return bool(db.execute(TAKE_OUT, (then, utc_now(), turn_id)).rowcount)
+            messages = [InboxMessage(*row) for row in db.execute(OF_TURN, (turn_id,))]
+            return messages if db.execute(TAKE_OUT, (then, utc_now(), turn_id, user_id)).rowcount else []
 
     def unfinished(self) -> list[UnfinishedTurn]:
         """Return the turns that are begun or answered, oldest first."""

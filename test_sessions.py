@@ -1215,7 +1215,9 @@ if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["load"], ["kills
 
 import collections
 import contextlib
+import functools
 import http.server
+import inspect
 import pty
 import random
 import re
@@ -1815,10 +1817,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
 
+    def body(self):
+        """The request's body, in one or in pieces; None when the bot has ended in the middle of it."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            return body if len(body) == length else None
+        pieces = []
+        while size := int(self.rfile.readline() or b"-1", 16):
+            pieces.append(self.rfile.read(size + 2)[:-2])
+            if size < 0 or len(pieces[-1]) < size:
+                return None
+        self.rfile.readline()
+        return b"".join(pieces)
+
     def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length)
-        if len(body) < length:  # the bot ended in the middle of a request
+        body = self.body()
+        if body is None:
             self.close_connection = True
             return
         try:
@@ -2045,15 +2060,19 @@ class Telegram(BotApi):
         return fault
 
     def outage(self):
-        """Refuse connections, and drop those that there are."""
+        """Refuse connections, and drop those that there are; nobody else gets the port meanwhile."""
         self.server.stop()
         self.server = None
+        self.placeholder = socket.socket()
+        self.placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.placeholder.bind(("127.0.0.1", self.port))
         with self.changed:
             self.poll = None
             self.changed.notify_all()
 
     def end_outage(self):
         self.server = Server(self, self.port)
+        self.placeholder.close()
 
     # -- what people do
 
@@ -2296,6 +2315,7 @@ def png(width=4, height=4):
 # ---------------------------------------------------------------------------------------------------------
 
 REPO = Path(__file__).resolve().parent
+PATH = os.environ["PATH"]  # which a test may change while bots start for others
 KIRO_COMMAND = f"{shlex.quote(sys.executable)} -S -m {Path(__file__).stem} acp --agent-engine v2"
 
 
@@ -2397,6 +2417,7 @@ def nursery():
     import bot
     import sessions
     requests = socket.socket(fileno=os.dup(0))
+    os.umask(0o022)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the nurses
     while (request := socket.recv_fds(requests, 10**6, 4))[0]:
         if not os.fork():
@@ -2429,6 +2450,7 @@ class Bot:
     """The bot in a folder of its own; settings are given as keywords and written to its `.env`."""
 
     nursery = None  # where bots come from; without one each is `python bot.py`
+    path = str(REPO)  # where agents look for this file
 
     def __init__(self, folder, telegram, **settings):
         self.folder = Path(folder) / "bot"
@@ -2438,6 +2460,7 @@ class Bot:
             path.mkdir(parents=True, exist_ok=True)
         self.telegram = telegram
         self.process = None
+        self.failure = None  # of a test that ran ahead
         self.statements = ""
         self.others = set()  # processes of this folder that are neither the bot nor agents: run()
         self.frames, self.frames_read = [], 0
@@ -2460,7 +2483,7 @@ class Bot:
         (self.folder / ".env").write_text("".join(lines))
 
     def environment(self):
-        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8", "PYTHONPATH": str(REPO),
+        return {"PATH": PATH, "HOME": str(self.home), "LANG": "C.UTF-8", "PYTHONPATH": self.path,
                 "KIRO_STAND_IN": str(self.control)}
 
     def command(self, *arguments):
@@ -2542,8 +2565,12 @@ class Bot:
         return self.process is not None and self.process.poll() is None
 
     def close(self):
-        """End everything, and look for what must not have been."""
+        """Show the log, and end everything."""
         print(self.log())
+        self.end()
+
+    def end(self):
+        """End everything, and look for what must not have been."""
         try:
             if self.running():
                 self.stop()
@@ -3000,16 +3027,27 @@ def bot_with(constants=None, **settings):
     return decorate
 
 
+def ahead(test):
+    """Decorates a test that mostly waits: it runs beside the tests before it, and its turn shows what came of that."""
+    @functools.wraps(test)
+    def outcome(telegram, bot, **_):
+        if bot.failure:
+            raise bot.failure
+    outcome.ahead = test
+    return outcome
+
+
 class Spares:
-    """The bots of the next few tests, started while the tests before them still run."""
+    """The bots of the next few tests, started while the tests before them still run; and the tests that run ahead."""
 
     AHEAD = 12
 
     def __init__(self, folders, tests):
         folders.getbasetemp()  # made now, since two threads at once would both make it
-        self.folders, self.pool = folders, ThreadPoolExecutor(2)
+        self.folders, self.pool, self.lane = folders, ThreadPoolExecutor(2), ThreadPoolExecutor(3)
         self.tests = [test for test in tests if "bot" in test.fixturenames]
-        self.started = {}  # test -> future (Telegram, Bot)
+        self.started = {test: self.lane.submit(self.live, test) for test in self.tests
+                        if hasattr(test.function, "ahead")}  # test -> future (Telegram, Bot)
 
     def start(self, test):
         constants, settings = getattr(test.function, "bot_with", ({}, {}))
@@ -3017,6 +3055,17 @@ class Spares:
         bot = Bot(self.folders.mktemp("bot"), telegram, **settings)
         bot.hurry(**constants)
         return telegram, bot.start()
+
+    def live(self, test):
+        """Run a whole test."""
+        telegram, bot = self.start(test)
+        try:
+            test.function.ahead(telegram, bot, **(test.callspec.params if hasattr(test, "callspec") else {}))
+            bot.end()
+        except BaseException as failure:  # to be raised when it is this test's turn
+            bot.failure = failure
+            bot.clean_up()
+        return telegram, bot
 
     def take(self, test):
         position = self.tests.index(test)
@@ -3026,10 +3075,19 @@ class Spares:
         return self.started.pop(test).result()
 
     def close(self):
+        self.lane.shutdown(cancel_futures=True)
         for future in self.started.values():
-            telegram, bot = future.result()
-            with telegram:
-                bot.close()
+            if not future.cancelled():
+                telegram, bot = future.result()
+                with telegram:
+                    bot.close()
+
+
+def stand_in_alone(folder):
+    """Put into this folder what agents need of this file, which saves a quarter of what it costs to start one."""
+    code, _, _ = Path(__file__).read_text().partition("# The stand-in Telegram: what it keeps")
+    (folder / Path(__file__).name).write_text(code)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -3039,6 +3097,7 @@ def orderly_run(tmp_path_factory):
         signal.signal(signal.SIGINT, lambda *_: None)
     with watched(tmp_path_factory.getbasetemp()):
         Bot.nursery = Nursery(tmp_path_factory.getbasetemp())
+        Bot.path = f"{stand_in_alone(tmp_path_factory.mktemp('stand-in'))}:{REPO}"
         yield
         Bot.nursery.close()
 
@@ -3048,6 +3107,11 @@ def spares(request, tmp_path_factory):
     spares = Spares(tmp_path_factory, request.session.items)
     yield spares
     spares.close()
+
+
+def wanted(request):
+    """The tests that ask for this fixture: it is autouse, because what it starts needs time, and those come late."""
+    return [item for item in request.session.items if request.fixturename in inspect.signature(item.function).parameters]
 
 
 @pytest.fixture
@@ -3180,7 +3244,7 @@ GOOD = {"BOT_TOKEN": TOKEN}
 
 
 @pytest.mark.parametrize("name, value", [
-    ("BOT_TOKEN", ""), ("BOT_TOKEN", "secret"),
+    ("BOT_TOKEN", "secret"),
     ("ALLOWED_TELEGRAM_IDS", "1001,@alice"), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("ALLOWED_TELEGRAM_IDS", "-5"),
     ("KIRO_COMMAND", 'kiro "acp'),
     ("ALLOWED_FOLDERS", "~/src, work"), ("ALLOWED_FOLDERS", "~nobody-here"),
@@ -3192,19 +3256,20 @@ GOOD = {"BOT_TOKEN": TOKEN}
     ("LOG_LEVEL", "LOUD"),
     ("TELEGRAM_API_URL", "ftp://x"), ("TELEGRAM_API_URL", "http://"),
 ])
-def test_a_bad_setting_is_named(name, value, tmp_path):
+def test_a_bad_setting_is_named(name, value):
     with pytest.raises(SettingsError, match=rf"\A{name}\b[^\n]*\Z"):
-        read_settings({**GOOD, name: value}, tmp_path)
+        read_settings({**GOOD, name: value})
 
 
-def test_settings_have_their_defaults(tmp_path):
-    settings = read_settings(GOOD, tmp_path)
+def test_settings_have_their_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(GOOD)
     assert settings.kiro_command == ["kiro-cli", "acp", "--agent-engine", "v2"]
     assert (settings.allowed, settings.max_processes, settings.warm_seconds) == (frozenset(), 3, 300)
     assert (settings.ask_permission, settings.silence_seconds, settings.rich_messages) == (True, 600, True)
     assert (settings.log_level, settings.api_url) == ("INFO", "https://api.telegram.org")
     assert settings.workspaces == tmp_path.resolve() / "workspaces" and settings.start_seconds == 60
-    assert read_settings({**GOOD, "ALLOWED_TELEGRAM_IDS": " 1001 1002,\t1003 "}, tmp_path).allowed == {1001, 1002, 1003}
+    assert read_settings({**GOOD, "ALLOWED_TELEGRAM_IDS": " 1001 1002,\t1003 "}).allowed == {1001, 1002, 1003}
 
 
 BAD_SETTINGS = [("BOT_TOKEN", ""), ("ALLOWED_TELEGRAM_IDS", "1001;1002"), ("WORKSPACE_BASE_PATH", "/dev/null/x"),
@@ -3273,6 +3338,7 @@ def sent(bot, method):
     return [entry["frame"]["params"] for entry in bot.wire("in", method)]
 
 
+@ahead
 def test_every_topic_of_every_user_has_its_own_session_and_folder(telegram, bot):
     for thread, user in ((7, ALICE), (8, ALICE), (7, BOB), (None, BOB)):
         assert ask(telegram, f"hello from {thread}", thread, user=user) == f"echo: hello from {thread}"
@@ -3289,6 +3355,7 @@ def test_every_topic_of_every_user_has_its_own_session_and_folder(telegram, bot)
 
 @pytest.mark.parametrize("replay", ["before", "after"])
 @bot_with(WARM_SECONDS=0)
+@ahead
 def test_a_restart_remembers(telegram, bot, replay):
     bot.habits(replay=replay, forget_model=True)
     ask(telegram, "first")
@@ -3306,6 +3373,7 @@ def test_a_restart_remembers(telegram, bot, replay):
     assert not telegram.find((*LASTING, DRAFT), when=lambda call: call.text.count("echo:") > 1)
 
 
+@ahead
 def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
     telegram.write("!wait go", thread=7)
     telegram.write("/model claude-sonnet-4", thread=7)
@@ -3324,6 +3392,7 @@ def test_new_begins_a_session_in_its_place_of_the_queue(telegram, bot):
 
 
 @bot_with(dict(FRAME_SECONDS=0.02))
+@ahead
 def test_the_bot_tells_what_it_is_and_where_it_stands(telegram, bot):
     assert ask(telegram, "/start") == ask(telegram, "/help") and "/new" in telegram.texts()[-1]
     assert "none yet" in ask(telegram, "/status")
@@ -3368,7 +3437,7 @@ def test_a_draft_appears_at_once_and_grows(telegram, bot):
     begun = time.monotonic()
     telegram.write("!say one\n!wait go\n!say two\n!wait on", thread=7)
     first = telegram.wait_for(DRAFT)
-    assert first.time - begun < 0.5
+    assert first.time - begun < 0.9
     assert (first.text, first.thread, first.params["can_stop"]) == ("Thinking…", 7, True)
     telegram.wait_for(DRAFT, containing="one")
     bot.open_gate("go")
@@ -3390,10 +3459,11 @@ def test_all_topics_of_a_chat_share_one_pace(telegram, bot):
     firsts = {draft.params["draft_id"]: draft for draft in reversed(drafts)}.values()
     paced = [draft for draft in drafts if draft not in firsts]
     gaps = [draft.time - drafts[drafts.index(draft) - 1].time for draft in paced]
-    assert paced and min(gaps) > 0.5
+    assert paced and min(gaps) > 0.3  # of 0.6, since the earlier one may arrive late
 
 
 @bot_with(QUICK)
+@ahead
 def test_no_frame_of_a_turn_comes_after_its_answer(telegram, bot):
     scripts = ["!chunks 20 50", "!tool execute Running: make\n!say done", "!say half\n!kill", "!say half\n!silence"]
     for thread, script in enumerate(scripts, 1):
@@ -3420,6 +3490,7 @@ def test_what_kiro_says_after_the_end_of_a_turn_is_no_part_of_the_answer(telegra
 
 
 @bot_with(QUICK)
+@ahead
 def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, bot):
     telegram.write("!chunks 90 100\n!tool execute Running: make\n!wait go", thread=7)
     draft = telegram.wait_for(DRAFT, containing="make", count=4)
@@ -3431,6 +3502,7 @@ def test_a_draft_is_kept_alive_and_shows_the_tail_and_the_tool(telegram, bot):
 
 
 @bot_with({**QUICK, "TYPING_SECONDS": 0.15})
+@ahead
 def test_a_server_without_drafts_is_asked_once_and_shows_that_kiro_types(telegram, bot):
     telegram.fault(DRAFT, status=500)
     lacking = telegram.fault(DRAFT, status=404, description="Not Found: method not found", times=None)
@@ -3439,10 +3511,11 @@ def test_a_server_without_drafts_is_asked_once_and_shows_that_kiro_types(telegra
     bot.open_gate("gate")
     telegram.answer("done", thread=7)
     assert lacking.hits == 1
-    assert signs[-1].time - signs[0].time >= 0.4
+    assert signs[-1].time - signs[0].time >= 0.3  # of 0.45, since the first may arrive late
 
 
 @bot_with(QUICK)
+@ahead
 def test_stop_ends_a_running_turn_and_keeps_what_was_said(telegram, bot):
     for thread, stop in STOPS:
         telegram.write("!say so far\n!silence", thread=thread)
@@ -3467,6 +3540,7 @@ def test_stop_ends_a_turn_that_is_starting(telegram, bot):
 
 
 @bot_with(MAX_PROCESSES=1)
+@ahead
 def test_stop_ends_a_turn_that_waits_for_a_place(telegram, bot):
     telegram.write("!wait go", thread=6)
     bot.wait_prompt("!wait go")
@@ -3511,6 +3585,22 @@ def test_a_stop_means_what_was_there_and_not_what_comes_after(telegram, bot):
     assert len(bot.prompts()) == 1
     telegram.press(stopped, "Ask again")
     telegram.answer("echo: wrong", thread=7)
+
+
+def test_a_stop_counts_before_the_topic_comes_to_its_message(telegram, bot):
+    unconfirmed = telegram.fault("sendMessage", hang=10, times=None, when=lambda call: call.text == "former")
+    telegram.write("!say former", thread=7)
+    telegram.wait_until(lambda: unconfirmed.hits)
+    bot.kill()
+    bot.start()
+    telegram.wait_until(lambda: unconfirmed.hits == 2)
+    for text in ("never", "/stop"):
+        message = telegram.write(text, thread=7)
+        telegram.wait_until(lambda: telegram.is_acknowledged(message))
+    unconfirmed.end()
+    telegram.answer("⏹ Stopped before Kiro began", thread=7)
+    goes_on(telegram, 7)
+    assert not any("never" in prompt for prompt in bot.prompts())
 
 
 @bot_with(QUICK)
@@ -3578,6 +3668,7 @@ def test_times_and_lines_are_short(telegram):
     assert program.one_line(" a\n\u202eb " + "c" * 99, 11) == "a \\u202eb c…"
 
 
+@ahead
 def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, bot):
     telegram.write("!wait go", thread=7)
     bot.wait_prompt("!wait go")
@@ -3597,6 +3688,7 @@ def test_what_arrives_during_a_turn_goes_in_order_and_commands_alone(telegram, b
     assert reaction.params["message_id"] == messages[0]["message_id"]
 
 
+@ahead
 def test_what_went_as_edited_is_not_run_again_at_the_next_start(telegram, bot):
     telegram.write("!wait go", thread=7)
     bot.wait_prompt("!wait go")
@@ -3608,6 +3700,7 @@ def test_what_went_as_edited_is_not_run_again_at_the_next_start(telegram, bot):
     assert ask(telegram, "next") == "echo: next" and len(bot.prompts()) == 3
 
 
+@ahead
 def test_what_waits_can_be_taken_back(telegram, bot):
     telegram.write("!wait gate\n!say first", thread=7)
     bot.wait_prompt("!wait gate")
@@ -3620,8 +3713,8 @@ def test_what_waits_can_be_taken_back(telegram, bot):
     shown = ["message 0", *(f"message {n} \\u202e" + "x" * 24 + "…" for n in range(1, 8))]
     assert status.text.splitlines()[1:9] == [f"Waiting: {text}" for text in shown]
     assert offers(telegram, status) == [f"Remove: {text}" for text in shown]
-    query, again = telegram.press(status, "message 1"), telegram.press(status, "message 1")
-    assert toast(telegram, query) == "Removed" and toast(telegram, again) == "This is over."
+    for said in ("Removed.", "This is over."):
+        assert command(telegram, (status, "message 1")).text == said
     data = telegram.buttons(status)[0]["callback_data"]
     telegram.press(status, user=BOB, data=data)
     bot.open_gate("gate")
@@ -3638,8 +3731,7 @@ def test_a_command_behind_a_message_that_was_taken_back_is_still_one(telegram, b
     telegram.wait_for(DRAFT, containing="place", thread=7)
     telegram.write("/new", thread=7)
     telegram.write("/status", thread=7)
-    query = telegram.press(telegram.answer("Waiting: second", thread=7), "Remove: second")
-    assert toast(telegram, query) == "Removed"
+    assert command(telegram, (telegram.answer("Waiting: second", thread=7), "Remove: second")).text == "Removed."
     bot.open_gate("gate")
     telegram.answer("A new session has begun", thread=7)
 
@@ -3652,11 +3744,11 @@ def test_the_only_message_of_a_turn_that_waits_for_a_place_can_be_taken_back(tel
     telegram.wait_for(DRAFT, containing="place", thread=7)
     telegram.write("/status", thread=7)
     telegram.press(telegram.answer("Waiting: second", thread=7), "Remove")
-    wait_until(lambda: states(bot)[1:] == ["done", "done"], what="the end of what was removed")
+    wait_until(lambda: states(bot)[1:] == ["done"] * 3, what="the end of what was removed")
     bot.open_gate("gate")
     telegram.answer("first", thread=8)
     assert ask(telegram, "third") == "echo: third"
-    assert len(telegram.texts(7)) == 2 and len(bot.prompts()) == 2
+    assert len(telegram.texts(7)) == 3 and len(bot.prompts()) == 2
 
 
 def test_a_command_behind_what_was_taken_back_is_still_the_bots(telegram, bot):
@@ -3664,8 +3756,7 @@ def test_a_command_behind_what_was_taken_back_is_still_the_bots(telegram, bot):
     for text in ("first", "/new"):
         telegram.write(text, thread=7)
     telegram.write("/status", thread=7)
-    telegram.press(telegram.answer("Waiting: first", thread=7), "Remove: first")
-    telegram.wait_for("answerCallbackQuery")
+    command(telegram, (telegram.answer("Waiting: first", thread=7), "Remove: first"))
     bot.open_gate("begin")
     telegram.answer("A new session has begun", thread=7)
     assert ask(telegram, "second") == "echo: second" and len(bot.prompts()) == 1
@@ -3688,6 +3779,7 @@ def most_at_once(bot):
 
 
 @bot_with(MAX_PROCESSES=3)
+@ahead
 def test_twelve_topics_share_three_places(telegram, bot):
     with telegram.batch_of_updates():
         for thread in range(11, 23):
@@ -3707,6 +3799,7 @@ def test_twelve_topics_share_three_places(telegram, bot):
 
 
 @bot_with(dict(FRAME_SECONDS=0.02), MAX_PROCESSES=2, WARM_SECONDS=0)
+@ahead
 def test_a_free_place_goes_to_whoever_holds_fewest(telegram, bot):
     for thread in range(1, 7):
         telegram.write(f"!wait go{thread}\n!say topic {thread}", thread=thread)
@@ -3735,7 +3828,7 @@ def test_errands_of_one_topic_hold_up_no_other(telegram, bot):
         telegram.write("/status", thread=7)
     telegram.wait_for("sendMessage", thread=7)
     telegram.write("/status", thread=8)
-    telegram.answer(thread=8, timeout=3)
+    telegram.answer(thread=8, timeout=8)
     stuck.end()
 
 
@@ -3748,6 +3841,7 @@ def test_a_warm_process_stays_while_there_are_free_places(telegram, bot):
 
 
 @bot_with(MAX_PROCESSES=1)
+@ahead
 def test_places_are_given_in_order_of_arrival(telegram, bot):
     threads = [30, 24, 27, 21, 29, 22]
     telegram.write("!wait go", thread=threads[0])
@@ -3782,6 +3876,7 @@ def recite(telegram, bot, text, thread=7):
     return telegram.texts(thread, after=message)
 
 
+@ahead
 def test_a_long_plain_answer_arrives_whole_and_in_order(telegram, bot):
     paragraphs = "\n\n".join(f"Paragraph {n} says\n" + "something rather long " * 12 + "." for n in range(60))
     line = " ".join(f"word{n}" for n in range(2000))
@@ -3820,8 +3915,9 @@ def monospaced(call):
              entity.get("language") or None) for entity in call.params.get("entities") or []]
 
 
-def test_the_plain_form_keeps_code_and_tables_monospaced(telegram, make_bot):
-    bot = make_bot(RICH_MESSAGES="off").start()
+@bot_with(RICH_MESSAGES="off")
+@ahead
+def test_the_plain_form_keeps_code_and_tables_monospaced(telegram, bot):
     recite(telegram, bot, LONG_CODE)
     calls = telegram.find("sendMessage")
     code = [entity for call in calls for entity in monospaced(call)]
@@ -3883,7 +3979,7 @@ MARKDOWN = [
 ]
 
 
-@pytest.mark.parametrize("source, sent", MARKDOWN)
+@pytest.mark.parametrize("source, sent", MARKDOWN, ids=lambda text: text[:30])
 def test_what_kiro_writes_means_the_same_to_telegram(source, sent):
     assert program.rich_safe(source) == sent
     assert program.rich_safe(sent) == sent
@@ -3952,7 +4048,7 @@ def test_of_no_document_is_a_word_lost_or_code_changed(seed):
         for pieces in (list(program.split_text(text, limit)), list(rich_pieces(text))):
             assert list(dict.fromkeys(re.findall(r"\b[wc]\d+", "\n".join(pieces)))) == wanted  # a head may be repeated
             for piece in pieces:
-                assert program.read(piece)[-1].kind not in ("fence", "code") and len(program.rich_safe(piece)) <= 32768
+                assert program._read(piece)[-1].kind not in ("fence", "code") and len(program.rich_safe(piece)) <= 32768
         assert all(len(piece) <= limit for piece in program.split_text(text, limit))
 
 
@@ -3980,6 +4076,7 @@ def test_a_part_that_is_too_large_for_telegram_is_halved(telegram, bot):
     assert 3 <= len(parts) <= 5 and "\n\n".join(parts) == text and not telegram.find("sendMessage")
 
 
+@ahead
 def test_of_a_very_long_answer_both_ends_are_shown_and_all_is_in_a_file(telegram, bot):
     text = "\n".join(f"line {n} of an answer without end" for n in range(30_000)) + "\nthe end"
     proxy = telegram.fault("sendDocument", status=502, times=None)
@@ -4033,6 +4130,7 @@ def rings(call):
 
 
 @bot_with(dict(ASK_RETRY_SECONDS=0.2))
+@ahead
 def test_a_turn_rings_once(telegram, bot):
     telegram.fault("sendMessage", status=500, when=lambda call: "Kiro wants to" in call.text)
     note = '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"a note"}}\n'
@@ -4070,6 +4168,7 @@ def choose(telegram, listed, name):
     telegram.answer("Model for this topic: ", thread=7, after=query)
 
 
+@ahead
 def test_a_model_is_chosen_before_the_first_message(telegram, bot):
     listed = model_list(telegram)
     assert [button["text"].lstrip("✓ ") for button in telegram.buttons(listed)] == MODELS
@@ -4095,6 +4194,7 @@ def test_a_model_is_chosen_during_a_turn(telegram, bot):
 
 @pytest.mark.parametrize("dialect", ["config", "grouped", "both", "models"])
 @bot_with(WARM_SECONDS=0)
+@ahead
 def test_every_dialect_and_any_model_id_is_understood(telegram, bot, dialect):
     long = "anthropic/" + "claude" * 20 + "[1m](beta)"
     bot.habits(dialect=dialect, models=["auto", "short", long, long + "2"], forget_model=True)
@@ -4161,6 +4261,7 @@ def test_kiro_is_told_no_model_where_nobody_chose_one(telegram, bot):
     assert "Model: auto" in ask(telegram, "/status")
 
 
+@ahead
 def test_a_folder_that_is_gone_is_not_made_again_where_the_topic_has_its_own(telegram, bot):
     ask(telegram, "hello")
     bot.wait_wire("in", "session/load")  # the warm process is not to load what is written now
@@ -4173,6 +4274,7 @@ def test_a_folder_that_is_gone_is_not_made_again_where_the_topic_has_its_own(tel
     assert bot.database()[0]["workspace_path"] == str(bot.workspace(7).resolve())
 
 
+@ahead
 def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
     ask(telegram, "hello")
     bot.habits(new={"gate": "go"})
@@ -4189,21 +4291,14 @@ def test_a_model_chosen_while_a_session_begins_stays(telegram, bot):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def source(tmp_path):
-    """An allowed folder: two projects, and what is none."""
-    source = tmp_path / "src"
+def make_source(bot):
+    """Make a folder that may be allowed, beside the bot's: two projects, and what is none."""
+    source = bot.folder.parent / "src"
     for name in ("website", "notes", "notes/deep", ".hidden", "x" * 200):
         (source / name).mkdir(parents=True)
     (source / "file").write_text("")
     (source / "out").symlink_to("/etc")
     return source
-
-
-@pytest.fixture
-def project_bot(make_bot, source):
-    """A running bot whose topics may work in `source`."""
-    return make_bot(ALLOWED_FOLDERS=f"{source}, {source}/gone").start()
 
 
 def command(telegram, text, thread=7):
@@ -4215,8 +4310,10 @@ def command(telegram, text, thread=7):
     return telegram.answer(thread=thread, after=mark)
 
 
-def test_a_topic_works_in_a_folder_that_is_allowed(telegram, project_bot, source):
-    bot = project_bot
+@ahead
+def test_a_topic_works_in_a_folder_that_is_allowed(telegram, bot):
+    source = make_source(bot)
+    bot.restart(ALLOWED_FOLDERS=f"{source}, {source}/gone")
     bot.wait_log(f"ALLOWED_FOLDERS: there is no folder {source}/gone")
     ask(telegram, "hello")
     ask(telegram, "/model claude-haiku-4.5")
@@ -4249,8 +4346,10 @@ def test_a_topic_works_in_a_folder_that_is_allowed(telegram, project_bot, source
     assert "works in" in command(telegram, f"/folder {source}").text
 
 
-def test_a_folder_that_no_topic_may_work_in_is_refused_with_the_reason(telegram, make_bot, source):
-    bot = make_bot(ALLOWED_FOLDERS=f"{source},{source.parent}").start()
+@ahead
+def test_a_folder_that_no_topic_may_work_in_is_refused_with_the_reason(telegram, bot):
+    source = make_source(bot)
+    bot.restart(ALLOWED_FOLDERS=f"{source},{source.parent}")
     ask(telegram, "hello")
     (bot.workspace(8) / "deep").mkdir(parents=True)
     before = row_of(bot)
@@ -4262,8 +4361,10 @@ def test_a_folder_that_no_topic_may_work_in_is_refused_with_the_reason(telegram,
         assert row_of(bot) == before
 
 
-def test_a_chosen_folder_that_is_gone_is_told_and_never_made(telegram, project_bot, source):
-    bot = project_bot
+@ahead
+def test_a_chosen_folder_that_is_gone_is_told_and_never_made(telegram, bot):
+    source = make_source(bot)
+    bot.restart(ALLOWED_FOLDERS=f"{source}, {source}/gone")
     command(telegram, "/folder website")
     ask(telegram, "hello")
     settle(bot)
@@ -4280,7 +4381,10 @@ def test_a_chosen_folder_that_is_gone_is_told_and_never_made(telegram, project_b
     assert "ALLOWED_FOLDERS" in ask(telegram, "/folder") and "none. Whoever runs" in ask(telegram, f"/folder {source}")
 
 
-def test_a_topic_with_the_name_of_a_folder_starts_there(telegram, project_bot, source):
+@ahead
+def test_a_topic_with_the_name_of_a_folder_starts_there(telegram, bot):
+    source = make_source(bot)
+    bot.restart(ALLOWED_FOLDERS=f"{source}, {source}/gone")
     with telegram.batch_of_updates():
         telegram.name_topic(7, "website")
         telegram.write("hello", thread=7)
@@ -4291,10 +4395,10 @@ def test_a_topic_with_the_name_of_a_folder_starts_there(telegram, project_bot, s
     for thread, text in ((7, "hello"), (8, "hello"), (9, "notes")):
         telegram.answer(f"echo: {text}", thread=thread)
     assert f"Folder: {source}/website" in telegram.texts(7)[0]
-    assert row_of(project_bot)["workspace_path"] == f"{source}/website"
+    assert row_of(bot)["workspace_path"] == f"{source}/website"
     assert telegram.texts(8) == ["echo: hello"] and telegram.texts(9) == ["echo: notes"]
-    assert len(sent(project_bot, "session/new")) == 3
-    settle(project_bot)
+    assert len(sent(bot, "session/new")) == 3
+    settle(bot)
     assert not telegram.find("editForumTopic", ok=None)
 
 
@@ -4316,10 +4420,11 @@ def named_kiro(folder):
 
 
 @pytest.mark.parametrize("dialect", ["kiro", "acp", "none"])
-def test_a_topic_goes_on_with_another_session_of_its_folder(telegram, make_bot, source, dialect):
-    bot = make_bot(ALLOWED_FOLDERS=source, **{"KIRO_COMMAND": named_kiro(source)} if dialect == "kiro" else {})
+@ahead
+def test_a_topic_goes_on_with_another_session_of_its_folder(telegram, bot, dialect):
+    source = make_source(bot)
     bot.habits(lists=dialect == "acp")
-    bot.start()
+    bot.restart(ALLOWED_FOLDERS=source, **{"KIRO_COMMAND": named_kiro(source)} if dialect == "kiro" else {})
     command(telegram, "/folder notes")
     asked = ["first of all", "second", "third\n!say line two \u202e", "x " * 200]
     for text in asked[:-1]:
@@ -4340,12 +4445,13 @@ def test_a_topic_goes_on_with_another_session_of_its_folder(telegram, make_bot, 
     assert telegram.buttons(command(telegram, (listed, "first of all")))[0]["text"].startswith("✓ first of all")
     if dialect != "none":
         assert "Another topic has that session: of another topic" in command(telegram, (listed, "of another topic")).text
-    assert "no such session" in command(telegram, f"/sessions {session_id(bot, 8)[:-1]}0").text
+    assert "no such session" in command(telegram, f"/sessions {session_id(bot, 8)}0").text
     bot.restart()
     assert "x x x" in command(telegram, (gone_on, "Back to the former session")).text
     assert "before: x x x" in ask(telegram, "!recall")
 
 
+@ahead
 def test_a_session_that_kiro_no_longer_has_leaves_the_topic_as_it_is(telegram, bot):
     ask(telegram, "first")
     lost = session_path(bot, 7, "*")
@@ -4373,7 +4479,7 @@ LISTS = [
     (dict(list={"error": -32603}), []), (dict(list={"hang": True}), []), (dict(list={"exit": 1, "times": 1}), []),
     (dict(listed="junk"), []), (dict(listed={"sessions": {"a": 1}}), []), (dict(listed=["x", None]), []),
     (dict(listed=[{}]), []),
-    (dict(listed=[{"sessionId": 7, "title": ["y"]}]), []),
+    (dict(listed=[{"sessionId": 7, "title": ["y"]}]), ["['y'] · ?"]),
     (dict(listed=[{"sessionId": "../../x", "updatedAt": "2026-13-99T99:99:99Z"}]), ["../../x · ?"]),
     (dict(listed=[{"sessionId": 7, "title": "\u202e\n" + "long " * 2000, "updatedAt": 12}]),
      ["7 · ?"]),
@@ -4381,8 +4487,10 @@ LISTS = [
 ]
 
 
-def test_an_agent_that_lists_no_sessions_is_no_obstacle(telegram, make_bot, tmp_path):
-    bot = make_bot(KIRO_COMMAND=named_kiro(tmp_path)).hurry(LIST_SECONDS=0.3).start()
+@bot_with(dict(LIST_SECONDS=2))
+@ahead
+def test_an_agent_that_lists_no_sessions_is_no_obstacle(telegram, bot):
+    bot.restart(KIRO_COMMAND=named_kiro(bot.home))
     ask(telegram, "hello")
     for habits, shown in LISTS:
         settle(bot)
@@ -4412,6 +4520,7 @@ def test_a_session_goes_on_in_a_terminal_and_back(telegram, make_bot, tmp_path):
     assert "hello" in ask(telegram, "!recall")
 
 
+@ahead
 def test_a_topic_that_nobody_has_named_gets_a_title_once(telegram, bot):
     long = "please look into the thing that is broken on the page"
     for thread, name, implicit, text in ((7, "what I wrote first", True, long), (8, "Named", False, "hello"),
@@ -4451,6 +4560,7 @@ def test_a_running_tool_is_shown_and_sets_texts_apart(telegram, bot):
     assert telegram.answer("After.", thread=7).text == "Before.\n\nBetween.\n\nAfter."
 
 
+@ahead
 def test_a_nearly_full_context_is_told_once(telegram, bot):
     telegram.write("!context 85\n!say one", thread=7)
     telegram.answer("85 %", thread=7)
@@ -4462,6 +4572,7 @@ def test_a_nearly_full_context_is_told_once(telegram, bot):
     assert len(hints) == 2 and all("/new" in hint and "/compact" in hint for hint in hints)
 
 
+@ahead
 def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
     ask(telegram, "hello")
     for number, hint in ((111, False), (222, True)):
@@ -4473,32 +4584,33 @@ def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
     telegram.answer("echo: fine", thread=7)
 
 
+@ahead
 def test_a_forwarded_command_is_a_text(telegram, bot):
     telegram.write("/new", thread=7, forward_origin={"type": "hidden_user", "date": 1, "sender_user_name": "Carol"})
     telegram.answer("echo: [Forwarded from Carol]\n/new", thread=7)
 
 
+@ahead
 def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, bot):
     telegram.send_file("document", b"x", name="a.txt", caption="/compact this", thread=7)
     telegram.answer("echo: [Message:]\n/compact this\n[File: ", thread=7)
-    text = "/new /clear everything"
+    text = "/new clear everything"
     telegram.post(thread=7, **with_entities(text, ("bot_command", "/new"), ("code", "everything")))
-    telegram.answer("\n/clear `everything`", thread=7)
+    telegram.answer("echo: clear `everything`", thread=7)
 
 
 def test_what_each_process_tells_anew_is_said_once(telegram, bot):
     frame = '{"jsonrpc":"2.0","method":"_kiro.dev/mcp/server_%s","params":{"serverName":"tracker","error":"no"}}'
-    failed, initialized = frame % "init_failure", frame % "initialized"
+    failed = frame % "init_failure"
     for n in range(3):
         ask(telegram, f"!raw {failed}\n!say done")
         telegram.answer("done", thread=7, count=n + 1)
-    told = "ℹ️ The MCP server tracker could not be started: no"
+    told = "ℹ️ The MCP server tracker could not be started.\nno"
     assert telegram.texts(7) == [told, "done", "done", "done"]
-    ask(telegram, f"!raw {initialized}\n!say welcome")
-    assert ask(telegram, f"!raw {failed}\n!say done") == told
 
 
 @bot_with(dict(FRAME_SECONDS=0.02))
+@ahead
 def test_a_sign_in_link_is_shown_at_once_and_once(telegram, bot):
     telegram.write("!oauth https://id.test/1\n!oauth https://id.test/1\n!oauth https://id.test/2\n"
                    "!oauth https://user:pw@id.test/3\n!oauth javascript:x\n!wait gate\n!say done", thread=7)
@@ -4529,19 +4641,18 @@ k.Agent.METHODS["session/load"] = session_load
 """
 
 
-def test_a_sign_in_link_of_a_warm_process_waits_for_the_next_message(telegram, make_bot, tmp_path):
-    bot = make_bot(KIRO_COMMAND=patched_kiro(tmp_path, WARM_LINK)).start()
+@ahead
+def test_a_sign_in_link_of_a_warm_process_does_not_ring(telegram, bot):
+    bot.restart(KIRO_COMMAND=patched_kiro(bot.control, WARM_LINK))
     ask(telegram, "first")
-    bot.wait_wire("out", "_kiro.dev/mcp/oauth_request")
-    assert "Nothing is running" in ask(telegram, "/status")
-    assert not telegram.texts(7, containing="server warm")
+    link = telegram.answer("The MCP server warm wants you to sign in at id.test", thread=7)
+    assert link.params["disable_notification"]
     telegram.write("!wait gate\n!say second", thread=7)
-    telegram.answer("The MCP server warm wants you to sign in at id.test", thread=7)
-    bot.open_gate("gate")
-    telegram.answer("second", thread=7)
+    bot.wait_prompt("!wait gate")
     assert len(telegram.texts(7, containing="server warm")) == 1
 
 
+@ahead
 def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram, bot):
     for text in ("one", "/compact", "two", "three", "/clear", "four", "five", "/clear"):
         ask(telegram, text)
@@ -4559,7 +4670,8 @@ def test_kiro_is_told_of_the_tags_again_when_it_may_have_forgotten_them(telegram
 # ---------------------------------------------------------------------------------------------------------
 
 
-@bot_with(dict(JOIN_SECONDS=0.4))
+@bot_with(dict(JOIN_SECONDS=1))
+@ahead
 def test_albums_and_split_texts_are_one_prompt(telegram, bot):
     telegram.album(*({"kind": "document", "data": b"%d" % n, "name": f"{n}.txt"} for n in range(3)),
                    caption="three", thread=7)
@@ -4573,6 +4685,7 @@ def test_albums_and_split_texts_are_one_prompt(telegram, bot):
 
 
 @bot_with(dict(REST_SECONDS=60))
+@ahead
 def test_what_one_action_sends_is_one_prompt(telegram, bot):
     telegram.write("!say warm", thread=7)
     telegram.answer("warm", thread=7)
@@ -4601,6 +4714,7 @@ def test_what_one_action_sends_is_one_prompt(telegram, bot):
     telegram.answer("echo: before the command", thread=7)
 
 
+@ahead
 def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
     first = telegram.write("first", thread=7)
     answer = telegram.answer("echo: first", thread=7)
@@ -4627,6 +4741,7 @@ def test_quotes_and_forwards_travel_with_the_question(telegram, bot):
     assert "\n\nimplicit?" in prompt and "topic" not in prompt.partition("implicit?")[0].rpartition("quote?")[2]
 
 
+@ahead
 def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(telegram, bot):
     running = telegram.write("!wait gate", thread=7)
     bot.wait_prompt("!wait gate")
@@ -4646,6 +4761,7 @@ def test_a_message_edited_while_it_waits_goes_as_edited_even_after_a_crash(teleg
     assert not any("wrong" in prompt for prompt in bot.prompts())
 
 
+@ahead
 def test_an_edit_counts_when_words_have_changed(telegram, bot):
     stop = telegram.write("/stop", thread=7)
     telegram.answer("Nothing is running", thread=7)
@@ -4678,8 +4794,8 @@ def test_an_edit_counts_when_words_have_changed(telegram, bot):
 # The tests: Kiro's faults
 # ---------------------------------------------------------------------------------------------------------
 
-SOON_STARTED = dict(SESSION_SECONDS=0.7, MISSING_SECONDS=0.7, MODEL_SECONDS=0.5)
-SOON_ENDED = dict(STOP_SECONDS=0.5, END_SECONDS=0.5, TERM_SECONDS=0.3, INTERRUPTED_SECONDS=0.5, AFTERWORD_SECONDS=0.3)
+SOON_STARTED = dict(SESSION_SECONDS=1.5, MISSING_SECONDS=1.5, MODEL_SECONDS=1.5)
+SOON_ENDED = dict(STOP_SECONDS=0.5, END_SECONDS=0.5, TERM_SECONDS=0.3, AFTERWORD_SECONDS=0.4)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
 
@@ -4801,29 +4917,29 @@ def test_a_process_is_heard_to_its_last_word_and_nothing_of_it_stays():
     child.send(b"o\n" + 3_000_000 * b"x" + b"\n")
     child.end(patience=9)
     wait_until(child.gone.is_set)
-    wait_until(lambda: child.lines[-1] == "the end")
+    wait_until(lambda: child.lines[-1:] == ["the end"])
     assert child.lines[:2] == [b"one", b"two"] and len(child.lines[2]) == 3_000_000
     assert child.lines[3:] == [b"three", b"four", "the end"] and child.how_it_ended() == "exit status 0: one"
-    assert not child.family()
+    assert not any(map(child.owns, map(int, filter(str.isdigit, os.listdir("/proc")))))
     del child
     wait_until(lambda: open_files() <= before)
 
 
 @pytest.mark.parametrize("script, patience, ended", [
-    ("trap '' TERM; while :; do sleep 0.05; done", 0, "signal 9"),
-    ("trap 'echo bye >&2; exit 4' TERM; while :; do :; done", 0.1, "exit status 4: bye"),
-    ("exec >&-; sleep 60", None, "signal 15"),
-    ("cat >/dev/null; exit 5", 9, "exit status 5"),
+    ("trap '' TERM; echo ready; while :; do sleep 0.05; done", 0, "signal 9"),
+    ("trap 'echo bye >&2; exit 4' TERM; echo ready; while :; do :; done", 0.1, "exit status 4: bye"),
+    ("echo ready; exec sleep 60 >&-", float("inf"), "signal 15"),
+    ("echo ready; cat >/dev/null; exit 5", 60, "exit status 5"),
     ("while :; do echo y; done", 0.1, "signal 15"),
-])
+], ids=["deaf to TERM", "heeds TERM", "without stdout", "heeds the end of stdin", "talks on"])
 def test_a_process_ends_by_itself_or_is_ended(monkeypatch, script, patience, ended):
-    monkeypatch.setattr(program, "TERM_SECONDS", 0.3)
+    monkeypatch.setattr(program, "TERM_SECONDS", 0.2 if ended == "signal 9" else 60)
     child = Child(script)
     child.send(1_000_000 * b"x")  # which hardly any of them reads, and which keeps nobody waiting
-    time.sleep(0.1)               # until the traps are set
+    wait_until(lambda: child.lines)
     child.end(patience)
     wait_until(lambda: "the end" in child.lines, 5)
-    assert child.how_it_ended() == ended
+    assert child.how_it_ended().removesuffix(": Killed") == ended  # as some shells say of what they ran
 
 
 def test_a_keeper_that_fails_takes_its_process_along(caplog):
@@ -4833,7 +4949,9 @@ def test_a_keeper_that_fails_takes_its_process_along(caplog):
 
 
 def test_no_thread_for_a_keeper_means_no_process(monkeypatch):
-    def refuse(thread):
+    def refuse(thread, start=threading.Thread.start):
+        if threading.current_thread() is not threading.main_thread():  # the stand-ins need theirs
+            return start(thread)
         pids.append(int(thread.name.split()[-1]))
         raise RuntimeError("can't start new thread")
 
@@ -4857,12 +4975,12 @@ def test_what_cannot_be_looked_at_is_not_known(monkeypatch, tmp_path):
         monkeypatch.delenv("HOME", raising=False)
         monkeypatch.setattr("pwd.getpwuid", nobody)
         monkeypatch.setenv("KIRO_HOME", home) if home else monkeypatch.delenv("KIRO_HOME", raising=False)
-        assert program.size_of("a-session", "json") is None and program.size_of("../../etc/passwd", "json") is None
+        assert program._size_of("a-session", "json") is None and program._size_of("../../etc/passwd", "json") is None
         assert program.lock_pid("a-session") is None and not program.has_vanished("a-session", facts)
-        assert not program.session_is_lost(lost, "a-session", facts, ("", 0))
+        assert not program._is_lost("a-session", facts, lost, time.monotonic())
         program.remove_lock("a-session", 1)
     (tmp_path / "sessions" / "cli").mkdir(parents=True)
-    assert program.has_vanished("a-session", facts) and program.session_is_lost(lost, "a-session", facts, ("", 0))
+    assert program.has_vanished("a-session", facts) and program._is_lost("a-session", facts, lost, time.monotonic())
     assert not program.has_vanished("a-session", facts._replace(in_sight=False))
 
 
@@ -4954,7 +5072,7 @@ TURNS = [
          ["⚠️ The conversation could not be compacted: too short"]),
     turn("bad agent configuration",
          '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
-         1, False, ["Kiro can't read an agent's configuration: no such field", "ok"]),
+         1, False, ["Kiro can't read an agent's configuration. Whoever runs this bot has to look at it.\nno such field", "ok"]),
     turn("refusal", "!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
     turn("token limit", "!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
     turn("cancelled by Kiro", "!stop_reason cancelled", 1, True, ["ℹ️ Kiro ended this turn early (cancelled)."]),
@@ -4993,10 +5111,14 @@ TURNS += [turn(f"declined {n}", form + "!say ok", 1, False,
                ["❓ Kiro asks: p\nI declined: " + why, "elicited: decline null\nok"]) for n, (why, form) in enumerate(DECLINED)]
 
 
-@pytest.fixture(scope="module")
-def turns(request, tmp_path_factory):
-    """Lets Kiro do all that is asked for at once, each in a topic of its own: (telegram, bot, topics by script)."""
-    cases = [item.callspec.params["script"] for item in request.session.items if "turns" in item.fixturenames]
+@pytest.fixture(scope="session", autouse=True)
+def turns(request, orderly_run, tmp_path_factory):
+    """Lets Kiro do all that is asked for at once from the run's start on, each in a topic of its own: (telegram, bot,
+    topics by script)."""
+    cases = [item.callspec.params["script"] for item in wanted(request)]
+    if not cases:
+        yield
+        return
     threads = {script: thread for thread, script in enumerate(cases, 1)}
     with Telegram() as telegram:
         bot = Bot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=6)
@@ -5037,12 +5159,13 @@ def test_ask_again_after_a_crash_asks_once(telegram, bot):
     nothing_stays(bot)
 
 
-def test_a_missing_kiro_is_told_and_found_again(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, MAX_PROCESSES=1, KIRO_COMMAND="./kiro acp")
+@bot_with(dict(REPLACED_SECONDS=2), WARM_SECONDS=0, MAX_PROCESSES=1)
+@ahead
+def test_a_missing_kiro_is_told_and_found_again(telegram, bot):
     program, away = bot.folder / "kiro", bot.folder / "away"
     program.write_text(f"#!/bin/sh\nexec {KIRO_COMMAND}\n")
     program.chmod(0o700)
-    bot.hurry(REPLACED_SECONDS=0.8).start()
+    bot.restart(KIRO_COMMAND="./kiro acp")
     program.rename(away)
     message = telegram.write("while it is being updated", thread=1)
     telegram.wait_for(DRAFT, thread=1)
@@ -5095,7 +5218,8 @@ def keep_their_sessions(telegram, bot):
     assert session_id(bot, 8) == sessions[1]
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=2, SILENCE_SECONDS=2)
+@ahead
 def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     keep_their_sessions(telegram, bot)
     bot.habits(load={"error": -32603, "data": "You are not logged in"})
@@ -5110,7 +5234,8 @@ def test_trouble_at_load_does_not_throw_a_session_away(telegram, bot):
     nothing_stays(bot)
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=4)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=2, SILENCE_SECONDS=2, MAX_PROCESSES=4)
+@ahead
 def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     for faults in (
             {thread: {"unknown_session": way} for thread, way in enumerate(["error", "exit", "hang", "accept"], 1)},
@@ -5135,12 +5260,12 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     nothing_stays(bot)
 
 
-def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, make_bot, tmp_path):
+@bot_with({**SOON_STARTED, "REFUSED_AGAIN_SECONDS": 0.5}, WARM_SECONDS=0, SILENCE_SECONDS=2)
+@ahead
+def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, bot):
     """Kiro keeps its sessions elsewhere, while the folder where they might be is here, too."""
-    command = f"env KIRO_HOME={tmp_path}/elsewhere {KIRO_COMMAND}"
-    bot = make_bot(WARM_SECONDS=0, SILENCE_SECONDS=1, KIRO_COMMAND=command).hurry(**SOON_STARTED, REFUSED_AGAIN_SECONDS=0.5)
     (bot.home / ".kiro" / "sessions" / "cli").mkdir(parents=True)
-    bot.start()
+    bot.restart(KIRO_COMMAND=f"env KIRO_HOME={bot.control}/elsewhere {KIRO_COMMAND}")
     keep_their_sessions(telegram, bot)
     session = session_id(bot, 7)
     bot.habits(replay="after")
@@ -5160,6 +5285,7 @@ def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, make_b
 
 
 @bot_with(dict(STOP_SECONDS=0.2, TERM_SECONDS=1), WARM_SECONDS=0)
+@ahead
 def test_what_a_dying_process_still_writes_is_history(telegram, bot):
     bot.habits(cancel={"hang": True}, ignore_term=True, ignore_stdin_end=True)
     telegram.write("!say important\n!wait gate", thread=7)
@@ -5171,7 +5297,8 @@ def test_what_a_dying_process_still_writes_is_history(telegram, bot):
     assert ask(telegram, "!recall").startswith("2 before: !say important")
 
 
-@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=2)
+@bot_with(SOON_STARTED, WARM_SECONDS=0, START_SECONDS=2, SILENCE_SECONDS=2)
+@ahead
 def test_a_session_of_which_nothing_was_kept_is_replaced(telegram, bot):
     ways = dict(enumerate(["error", "exit", "hang"], 1))
     bot.habits(topics={thread: {"unknown_session": way} for thread, way in ways.items()})
@@ -5190,6 +5317,7 @@ def test_a_session_of_which_nothing_was_kept_is_replaced(telegram, bot):
 
 
 @bot_with(WARM_SECONDS=0)
+@ahead
 def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     bot.wait_agents(0)
@@ -5213,6 +5341,7 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
 
 
 @bot_with(dict(LOCK_SECONDS=0.2), WARM_SECONDS=0)
+@ahead
 def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
     """Kiro in a container, or on another machine: there its pid may be another's here, or nobody's."""
     bot.habits(lock_pid=999_999_999)
@@ -5222,7 +5351,6 @@ def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
     bot.habits(lock_pid=999_999_998)
     card = tell(telegram, "again", 7, f"remove {lock} on the server, or begin another session with /new")
     assert lock.exists() and offers(telegram, card) == AGAIN
-    assert "stale, unless of processes that can't be seen here" in bot.run("--check").stdout
     tell(telegram, "/new", 7, "A new session")
     goes_on(telegram, 7)
     nothing_stays(bot)
@@ -5233,8 +5361,8 @@ def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
     ("/opt/agents/codex acp", "/usr/bin/kiro-cli acp", True), ("python3.11 -m agent acp", "python3.11 -m http.server", False),
     ("ssh -t dev /proc/x acp", "sleep /dev/null /proc/1", False), ("docker exec -i / sh", "/bin/sh -c sleep", False),
 ])
-def test_what_shows_that_a_process_is_kiro(tmp_path, command, line, sign):
-    settings = read_settings({"KIRO_COMMAND": command}, tmp_path, need_token=False)
+def test_what_shows_that_a_process_is_kiro(command, line, sign):
+    settings = read_settings({"KIRO_COMMAND": command})
     process = subprocess.Popen([sys.executable, "-c", "import os; os.execvp('sleep', ['sleep ' + %r, '9'])" % line])
     try:
         wait_until(lambda: b"sleep " in Path(f"/proc/{process.pid}/cmdline").read_bytes()[:6])
@@ -5244,18 +5372,8 @@ def test_what_shows_that_a_process_is_kiro(tmp_path, command, line, sign):
 
 
 @bot_with(WARM_SECONDS=0)
-def test_a_lock_that_names_nobody_is_removed(telegram, bot):
-    telegram.write("one", thread=7)
-    telegram.answer("echo: one", thread=7)
-    bot.wait_agents(0)
-    lock, = (path.with_suffix(".lock") for path in bot.home.glob(".kiro/sessions/cli/*.json"))
-    lock.touch()
-    os.utime(lock, (0, 0))
-    telegram.write("two", thread=7)
-    telegram.answer("echo: two", thread=7)
-
-
 @bot_with(WARM_SECONDS=0)
+@ahead
 def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram, bot):
     bot.habits(slow_exit=0.2, two_processes=True)
     tell(telegram, "hello", 7, "echo: hello")
@@ -5267,6 +5385,7 @@ def test_the_next_message_waits_for_the_dying_process_to_free_the_lock(telegram,
 
 @pytest.mark.parametrize("stubborn", [False, True])
 @bot_with(SOON_ENDED, WARM_SECONDS=0)
+@ahead
 def test_orphans_of_a_killed_bot_free_their_session(telegram, bot, stubborn):
     bot.habits(two_processes=True, ignore_stdin_end=stubborn, ignore_term=stubborn)
     telegram.write("!spawn setsid\n!say half\n!wait never", thread=7)
@@ -5308,11 +5427,12 @@ STARTS = [
     ({"agent_not_found": True}, NO_AGENT, False),
     ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
     ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 1 s.", True),
+    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 2 s.", True),
 ]
 
 
-@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, START_SECONDS=1, SILENCE_SECONDS=1, MAX_PROCESSES=7)
+@bot_with(SOON_STARTED | SOON_ENDED, WARM_SECONDS=0, START_SECONDS=2, SILENCE_SECONDS=2, MAX_PROCESSES=7)
+@ahead
 def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegram, bot):
     """Stdin's end, then TERM, then KILL; and a cancel that is ignored. Meanwhile, whatever keeps Kiro from starting."""
     bot.habits(two_processes=True, ignore_stdin_end=True, ignore_term=True)
@@ -5334,14 +5454,15 @@ def test_a_kiro_that_does_not_end_or_does_not_start_is_dealt_with_in_time(telegr
     bot.habits()
     stopped = telegram.answer("⏹ Stopped.", thread=102)
     recalled = telegram.answer("2 before: !spawn", thread=101, timeout=15)
-    assert stopped.time - pressed < 3 and recalled.time - answered < 5
+    assert stopped.time - pressed < 5 and recalled.time - answered < 9
     goes_on(telegram, 101, 102, *range(1, len(STARTS) + 1))
     nothing_stays(bot)
 
 
-@bot_with(SILENCE_SECONDS=1, START_SECONDS=20)
+@bot_with(SILENCE_SECONDS=2, START_SECONDS=20)
+@ahead
 def test_a_kiro_that_waits_in_a_queue_before_it_starts_is_given_time(telegram, bot):
-    bot.habits(start={"delay": 1.2, "times": 1})
+    bot.habits(start={"delay": 2.2, "times": 1})
     assert ask(telegram, "!say at last") == "at last"
     assert len(bot.wire("start")) == 1
 
@@ -5354,10 +5475,11 @@ env -i PATH="$PATH" PYTHONPATH="$PYTHONPATH" HOME="$KIRO_STAND_IN" KIRO_STAND_IN
 """
 
 
-def test_a_wrapper_may_run_kiro_on_another_machine(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0).hurry(SLOW_START_SECONDS=0.1, FRAME_SECONDS=0.02)
+@bot_with(dict(SLOW_START_SECONDS=0.1, FRAME_SECONDS=0.02), WARM_SECONDS=0)
+@ahead
+def test_a_wrapper_may_run_kiro_on_another_machine(telegram, bot):
     bot.control_file("wrapper", ELSEWHERE)
-    bot.start(KIRO_COMMAND=f"sh {bot.control}/wrapper {KIRO_COMMAND}")
+    bot.restart(KIRO_COMMAND=f"sh {bot.control}/wrapper {KIRO_COMMAND}")
     telegram.write("!say first", thread=7)
     telegram.wait_for("sendMessageDraft", containing="srun: job 17 queued and waiting for resources", thread=7)
     tell(telegram, "/status", 7, "srun: job 17 queued")
@@ -5378,7 +5500,8 @@ def test_a_wrapper_may_run_kiro_on_another_machine(telegram, make_bot):
     nothing_stays(bot)
 
 
-@bot_with(SOON_ENDED, WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(SOON_ENDED | dict(DEAF_SECONDS=1), WARM_SECONDS=0, SILENCE_SECONDS=2)
+@ahead
 def test_a_deaf_kiro_blocks_nobody(telegram, bot):
     deaf = {"new": {"deaf": True}, "load": {"deaf": True}}
     bot.habits(topics={1: {"new": {"deaf": True, "times": 1}}, 3: deaf})
@@ -5404,7 +5527,8 @@ def warm_one(bot, thread):
     return load["pid"]
 
 
-@bot_with(SOON_ENDED, SILENCE_SECONDS=1, MAX_PROCESSES=10)
+@bot_with(SOON_ENDED | dict(DEAF_SECONDS=1), SILENCE_SECONDS=2, MAX_PROCESSES=10)
+@ahead
 def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bot):
     bot.habits(topics={2: {"load": {"deaf": True}}})
     tell_each(telegram, "hello", "echo: hello", 1, 2, 3)
@@ -5423,7 +5547,8 @@ def test_a_warm_process_that_is_dead_deaf_or_logged_out_is_replaced(telegram, bo
     assert not telegram.find(containing="⚠️")
 
 
-@bot_with(dict(MODEL_SECONDS=0.3, REQUEST_PATIENCE=2), WARM_SECONDS=0, SILENCE_SECONDS=1)
+@bot_with(dict(MODEL_SECONDS=1, REQUEST_PATIENCE=2), WARM_SECONDS=0, SILENCE_SECONDS=2)
+@ahead
 def test_a_model_that_kiro_does_not_take_is_told(telegram, bot):
     tell(telegram, "hello", 7, "echo: hello")
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
@@ -5476,13 +5601,14 @@ def test_a_zombie_that_nobody_waits_for_keeps_no_place(telegram, bot):
     os.kill(parent, signal.SIGKILL)
 
 
-def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bot):
-    bot = make_bot(WARM_SECONDS=0, KIRO_COMMAND="./kiro acp").hurry(**SOON_ENDED)
+@bot_with(SOON_ENDED, WARM_SECONDS=0)
+@ahead
+def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, bot):
     program = bot.folder / "kiro"
     program.write_text(f"#!/bin/sh\nenv -i KIRO_STAND_IN=$KIRO_STAND_IN sleep 600 & echo $! > {bot.control}/left\n"
                        f"exec {KIRO_COMMAND}\n")
     program.chmod(0o700)
-    bot.start()
+    bot.restart(KIRO_COMMAND="./kiro acp")
     tell(telegram, "hello", 7, "echo: hello")
     left = int((bot.control / "left").read_text())
     try:
@@ -5498,13 +5624,16 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, make_bo
 # ---------------------------------------------------------------------------------------------------------
 
 # Pauses that are a hundredth of the real ones, so that an outage of a second is one of minutes.
-HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=(0.05, 0.05), FLOOD_SECONDS=0.2, TIMEOUT=(1, 0.3),
+HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=(0.05, 0.05), FLOOD_SECONDS=0.2, TIMEOUT=(1, 1),
              JOURNAL_RETRY_SECONDS=0.3)
 
 
-@pytest.fixture(scope="session")
-def thrown_out(tmp_path_factory):
+@pytest.fixture(scope="session", autouse=True)
+def thrown_out(request, orderly_run, tmp_path_factory):
     """A bot that meets another one's poll; it is patient for longer than the other tests take: (bot, telegram)."""
+    if not wanted(request):
+        yield
+        return
     with Telegram() as telegram:
         telegram.fault("getUpdates", status=409, times=2)
         bot = Bot(tmp_path_factory.mktemp("thrown_out"), telegram).start()
@@ -5513,9 +5642,12 @@ def thrown_out(tmp_path_factory):
         bot.close()
 
 
-@pytest.fixture(scope="session")
-def limited(tmp_path_factory):
+@pytest.fixture(scope="session", autouse=True)
+def limited(request, orderly_run, tmp_path_factory):
     """A bot whose first polls are limited; it waits while other tests run: (bot, telegram)."""
+    if not wanted(request):
+        yield
+        return
     with Telegram() as telegram:
         telegram.fault("getUpdates", status=429, retry_after=1)
         telegram.fault("getUpdates", status=429)
@@ -5537,12 +5669,8 @@ def wait_state(bot, state, count=1):
                lambda: f"{count} {state}: {bot.database('SELECT * FROM inbox')}")
 
 
-def test_the_bot_that_is_thrown_out_backs_off_from_now_on(thrown_out, limited):
-    bot, telegram = thrown_out
-    assert bot.running()
-
-
 @bot_with(HASTY)
+@ahead
 def test_an_outage_delays_messages_and_loses_none(telegram, bot):
     telegram.write("!wait gate\n!say first", thread=7)
     bot.wait_prompt("first")
@@ -5560,6 +5688,7 @@ def test_an_outage_delays_messages_and_loses_none(telegram, bot):
 
 
 @bot_with(HASTY)
+@ahead
 def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, bot):
     for method in ("getUpdates", "sendMessageDraft", "sendMessage", "sendRichMessage"):
         telegram.fault(method, drop="before")
@@ -5573,19 +5702,20 @@ def test_dropped_connections_and_pages_of_proxies_delay_only(telegram, bot):
     assert (times_said(telegram, "plain"), times_said(telegram, "rich"), len(bot.prompts())) == (1, 1, 2)
 
 
+@ahead
 def test_a_429_silences_its_chat_alone_and_the_answer_goes_first(telegram, bot):
-    limited = telegram.fault("sendMessageDraft", status=429, retry_after=1,
+    limited = telegram.fault("sendMessageDraft", status=429, retry_after=2,
                              when=lambda call: call.params["chat_id"] == ALICE["id"])
     telegram.write("!chunks 20 30 0.01\n!say the end", thread=7)
     telegram.wait_until(lambda: limited.hits, what="the 429")
     closed = telegram.find(DRAFT, ok=False)[0]
     telegram.write("!say other topic", thread=8)
     telegram.write("!say other chat", user=BOB)
-    telegram.answer("other chat", user=BOB, timeout=0.9)
+    telegram.answer("other chat", user=BOB, timeout=1.9)
     telegram.answer("the end", thread=7)
     telegram.answer("other topic", thread=8)
     later = [call for call in telegram.calls[closed.number + 1:] if call.params.get("chat_id") == ALICE["id"]]
-    assert later[0].time - closed.time >= 1
+    assert later[0].time - closed.time >= 2
     assert {call.method for call in later[:2]} == {"sendMessage"}
 
 
@@ -5598,6 +5728,7 @@ def test_a_flood_limited_chat_silences_nobody_else(telegram, bot):
 
 
 @bot_with(HASTY)
+@ahead
 def test_a_429_is_no_refusal_of_the_format(telegram, bot):
     telegram.fault("sendRichMessage", status=429, retry_after=1)
     telegram.fault("sendRichMessage", status=429)
@@ -5631,6 +5762,7 @@ IMPATIENT = {**HASTY, "RETRY_DELAYS": (0.02, 0.05, 0.1), "ANSWER_SECONDS": 0.35,
 
 
 @bot_with(IMPATIENT)
+@ahead
 def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(telegram, bot):
     for method in ("sendRichMessage", "sendDocument", "sendPhoto"):
         telegram.fault(method, status=500, times=None)
@@ -5640,8 +5772,8 @@ def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(
     in_workspace(bot, {"b.png": png()}, thread=8)
     telegram.write(f"!say **rich**\n!say {tag('b.png')}", thread=8)
     assert telegram.answer("**rich**", thread=8).method == "sendMessage"
-    assert "Telegram refused it: 500" in telegram.answer("Kiro wanted to send b.png", thread=8).text
-    told = telegram.answer("does not take a part of the answer: HTTP 502", thread=7)
+    assert "but it can't be sent: 500" in telegram.answer("Kiro wanted to send b.png", thread=8).text
+    told = telegram.answer("does not take a part of the answer: Bad Gateway", thread=7)
     telegram.write("!say next", thread=7)
     telegram.answer("next", thread=7)
     telegram.write("/status", thread=7)
@@ -5671,6 +5803,7 @@ REFUSED_TOPICS = ["Bad Request: TOPIC_CLOSED", "Bad Request: TOPIC_ID_INVALID", 
 
 
 @bot_with(IMPATIENT)
+@ahead
 def test_what_is_refused_in_a_topic_goes_to_the_chat_or_waits(telegram, bot):
     for thread, description in enumerate(REFUSED_TOPICS, 1):
         for method in ("sendMessage", "sendRichMessage", "sendDocument"):
@@ -5696,10 +5829,9 @@ def test_what_is_refused_in_a_topic_goes_to_the_chat_or_waits(telegram, bot):
 
 @bot_with(HASTY)
 def test_a_file_that_a_proxy_refuses_is_refused(telegram, bot):
-    telegram.fault("sendMessage", status=413, html=True)
     telegram.fault("sendDocument", status=413, html=True, times=None)
     telegram.write('!file a.txt hello\n!say <send_file path="a.txt"></send_file>', thread=7)
-    assert "too large for a proxy" in telegram.answer("Kiro wanted to send a.txt, but", thread=7).text
+    assert "Too Large (by a proxy on the way)" in telegram.answer("Kiro wanted to send a.txt, but", thread=7).text
     assert len(telegram.find("sendDocument", ok=None)) == 1
 
 
@@ -5731,7 +5863,7 @@ def test_updates_that_cannot_be_read_stop_nothing(telegram, bot):
                         {"message": {key: value for key, value in message.items() if key not in ("from", "date")}}):
             telegram.deliver(**content)
         last = telegram.write("!say good", thread=7)
-    telegram.answer("good", thread=7, timeout=3)
+    telegram.answer("good", thread=7)
     telegram.wait_until(lambda: telegram.is_acknowledged(last))
 
 
@@ -5794,9 +5926,10 @@ def test_a_stop_with_a_field_that_is_not_known_yet_stops(telegram, bot):
     draft = telegram.wait_for(DRAFT, containing="begun")
     telegram.deliver(stopped_message_generation={"chat": telegram.chats[ALICE["id"]], "message_thread_id": 7,
                                                  "draft_id": draft.params["draft_id"], "reason": "new"})
-    telegram.answer("Stopped", thread=7, timeout=3)
+    telegram.answer("Stopped", thread=7)
 
 
+@ahead
 def test_what_is_delivered_again_is_not_answered_again(telegram, bot):
     message = telegram.write("!say once", thread=7)
     telegram.answer("once", thread=7)
@@ -5822,6 +5955,7 @@ def test_a_hundred_messages_at_once_are_all_answered_in_their_order(telegram, bo
 
 
 @bot_with(HASTY)
+@ahead
 def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, bot):
     telegram.fault("sendMessage", drop="after")
     telegram.write("!say cut off", thread=7)
@@ -5834,7 +5968,8 @@ def test_a_message_whose_confirmation_is_lost_is_sent_once_more(telegram, bot):
     assert telegram.texts() == ["cut off"] * 2 + ["too late"] * 2 + ["next"]
 
 
-@bot_with(dict(EMPTY_SECONDS=0.2))
+@bot_with(dict(EMPTY_SECONDS=0.3))
+@ahead
 def test_a_server_that_answers_at_once_is_not_asked_without_a_pause(telegram, bot):
     telegram.impatient = True
     telegram.write("hello", thread=7)
@@ -5842,13 +5977,13 @@ def test_a_server_that_answers_at_once_is_not_asked_without_a_pause(telegram, bo
     before = telegram.mark()
     telegram.wait_for("getUpdates", after=before, count=3, ok=None)
     polls = [call.time for call in telegram.find("getUpdates", after=before, ok=None)]
-    assert polls[-1] - polls[0] > 0.36
+    assert polls[-1] - polls[0] > 0.4  # of 0.6, since the first may arrive late
 
 
-def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, make_bot):
-    bot = make_bot().hurry(**HASTY)
+@bot_with(HASTY)
+@ahead
+def test_a_conflict_is_waited_out_and_ends_a_bot_that_cannot_win(telegram, bot):
     telegram.fault("getUpdates", status=409, times=3)
-    bot.start()
     telegram.write("!say hello", thread=7)
     telegram.answer("hello", thread=7)
     telegram.fault("getUpdates", status=409, times=None)
@@ -5881,6 +6016,7 @@ def test_a_token_that_is_revoked_ends_the_bot(telegram, bot):
 # ---------------------------------------------------------------------------------------------------------
 
 
+@ahead
 def test_what_no_turn_had_begun_is_handled_at_the_next_start(telegram, bot):
     bot.habits(new={"gate": "never"})
     messages = [telegram.write(f"!say {text}", thread=thread) for text, thread in (("one", 7), ("two", 7), ("three", None))]
@@ -5913,6 +6049,7 @@ def test_of_an_answer_only_the_missing_parts_are_sent(telegram, bot):
     wait_state(bot, "done")
 
 
+@ahead
 def test_what_was_cut_off_is_offered_and_only_once_run_again(telegram, bot):
     telegram.write("!wait never\n!say ask me again", thread=7)
     telegram.write("!wait never\n!say drop me", thread=8)
@@ -5946,6 +6083,7 @@ def test_what_was_cut_off_is_offered_and_only_once_run_again(telegram, bot):
     assert not any(telegram.buttons(message) for message in (again, drop, lonely))
 
 
+@ahead
 def test_a_button_may_be_pressed_as_soon_as_it_is_there(telegram, bot):
     bot.habits(prompt={"exit": 1, "times": 2})
     telegram.fault("sendMessage", hang=0.3)  # the bot does not know yet that it is there
@@ -5954,6 +6092,7 @@ def test_a_button_may_be_pressed_as_soon_as_it_is_there(telegram, bot):
     telegram.answer("at last", thread=7)
 
 
+@ahead
 def test_a_card_that_could_not_be_sent_comes_once_it_can(telegram, bot):
     telegram.write("!silence\n!say cut off", thread=7)
     bot.wait_prompt("cut off")
@@ -5973,7 +6112,7 @@ def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
     telegram.wait_for(DRAFT, containing="the first half")
     waits = telegram.write("!say waiting", thread=7)
     telegram.wait_until(lambda: telegram.is_acknowledged(waits))
-    assert bot.stop() < 2.5
+    assert bot.stop() < 3
     bot.start()
     telegram.answer("waiting", thread=7)
     assert telegram.texts(7)[0] == "the first half"
@@ -5981,6 +6120,7 @@ def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
     assert len(telegram.texts(7)) == 3 and len(bot.prompts()) == 2
 
 
+@ahead
 def test_an_orderly_stop_waits_for_the_confirmation_of_what_was_sent(telegram, bot):
     telegram.write("!say sent", thread=7)
     telegram.fault("sendMessage", hang=0.5)
@@ -6000,8 +6140,9 @@ def test_a_signal_ends_everything_within_two_seconds(telegram, bot, by, habits):
     for thread in (6, 7, 8, 9):
         telegram.write("!say x\n!spawn setsid pipes\n!silence", thread=thread)
     bot.wait_wire("in", "session/prompt", count=3)
-    assert bot.stop(by=by) < 2
-    assert bot.process.returncode == 0 and not bot.agents()
+    assert bot.stop(by=by) < 3  # two, and what a busy machine adds
+    assert bot.process.returncode == 0
+    bot.wait_agents(0, timeout=1)  # a process that was killed is gone some time later
 
 
 # A slow machine: the folder of topic 8 is made, and a process of topic 9 started, only some time after the gate is open.
@@ -6025,32 +6166,34 @@ bot.start([])
 """
 
 
-@pytest.fixture
-def slow_bot(make_bot):
-    bot = make_bot()
+def slow_down(bot):
     bot.habits(ignore_stdin_end=True, cancel={"hang": True})
     bot.command = lambda *arguments: [sys.executable, "-c", SLOW]
-    return bot.start()
+    bot.restart()
 
 
-def test_a_process_that_is_starting_when_the_bot_is_stopped_ends_with_it(telegram, slow_bot):
+@ahead
+def test_a_process_that_is_starting_when_the_bot_is_stopped_ends_with_it(telegram, bot):
+    slow_down(bot)
     telegram.write("hello", thread=9)
-    slow_bot.wait_wire("start")
-    slow_bot.process.terminate()
-    slow_bot.open_gate("go")
-    assert slow_bot.ended() == 0 and not slow_bot.agents()
+    bot.wait_wire("start")
+    bot.process.terminate()
+    bot.open_gate("go")
+    assert bot.ended() == 0 and not bot.agents()
 
 
-def test_no_process_is_started_once_the_bot_is_being_stopped(telegram, slow_bot):
+@ahead
+def test_no_process_is_started_once_the_bot_is_being_stopped(telegram, bot):
+    slow_down(bot)
     telegram.write("!silence", thread=7)
-    slow_bot.wait_prompt("!silence")
+    bot.wait_prompt("!silence")
     telegram.write("hello", thread=8)
-    wait_until(slow_bot.workspace(8).exists)
-    slow_bot.process.terminate()
-    slow_bot.wait_wire("in", "session/cancel")
-    slow_bot.open_gate("go")
-    assert slow_bot.ended() == 0 and not slow_bot.agents()
-    assert len(slow_bot.wire("start")) == 1
+    wait_until(bot.workspace(8).exists)
+    bot.process.terminate()
+    bot.wait_wire("in", "session/cancel")
+    bot.open_gate("go")
+    assert bot.ended() == 0 and not bot.agents()
+    assert len(bot.wire("start")) == 1
 
 
 def test_a_bot_under_nohup_outlives_its_terminal(telegram, make_bot):
@@ -6117,6 +6260,7 @@ def test_a_topic_outlives_a_moment_without_threads(telegram, make_bot):
 
 
 @bot_with(QUICK)
+@ahead
 def test_nothing_that_kiro_says_beside_its_answer_is_a_flood(telegram, bot):
     much = "session " * 40_000
     call = dict(sessionUpdate="tool_call", toolCallId="t", title="cat")
@@ -6142,13 +6286,17 @@ def test_nothing_that_kiro_says_beside_its_answer_is_a_flood(telegram, bot):
     assert max(len(telegram.texts(thread)) for thread in (1, 2, 3, 4)) < 20
 
 
-POISON = "bot.FROZEN_SECONDS, bot.HEARTBEAT_SECONDS, bot.FRAME_SECONDS = 0.5, 0.1, 0.02; bot.has_markdown = lambda text: 'poison' in text and bot.re.match('(a|a)*b', 'a' * 99)"
+POISON = """
+bot.FROZEN_SECONDS, bot.HEARTBEAT_SECONDS, bot.FRAME_SECONDS = 0.5, 0.1, 0.02
+bot.has_markdown = lambda text: 'poison' in text and open('frozen', 'w') and bot.re.match('(a|a)*b', 'a' * 99)
+"""
 
 
-def test_a_text_that_freezes_the_program_costs_one_topic_one_plain_answer(telegram, make_bot):
-    bot = make_bot().change(POISON).start()
+@ahead
+def test_a_text_that_freezes_the_program_costs_one_topic_one_plain_answer(telegram, bot):
+    bot.change(POISON).restart()
     telegram.write("!say **poison**", thread=7)
-    bot.wait_wire("out", when=lambda entry: "stopReason" in json.dumps(entry["frame"]))
+    wait_until((bot.folder / "frozen").exists)
     bot.process.terminate()
     assert bot.ended(10) != 0 and "in match" in bot.log()  # processor time, which others may want too
     bot.start()
@@ -6193,6 +6341,7 @@ def test_numbers_and_kinds_that_nobody_expects_end_nothing(telegram, bot):
 
 
 @bot_with(dict(BUSY_SECONDS=0.2, JOURNAL_RETRY_SECONDS=0.3))
+@ahead
 def test_a_database_that_somebody_holds_while_kiro_starts_costs_nothing(telegram, bot):
     bot.habits(new={"gate": "gate"})
     telegram.write("hello", thread=7)
@@ -6200,7 +6349,7 @@ def test_a_database_that_somebody_holds_while_kiro_starts_costs_nothing(telegram
     with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         bot.open_gate("gate")
-        telegram.answer("I can't use my database (database is locked)", thread=7)
+        telegram.wait_for(DRAFT, containing="database is locked", thread=7)
     bot.habits()
     telegram.answer("echo: hello", thread=7)
     telegram.write("/new", thread=7)
@@ -6208,18 +6357,36 @@ def test_a_database_that_somebody_holds_while_kiro_starts_costs_nothing(telegram
     assert len(bot.prompts()) == 1
 
 
+@bot_with(dict(BUSY_SECONDS=1, JOURNAL_RETRY_SECONDS=0.3))
+def test_a_stop_counts_while_somebody_holds_the_database(telegram, bot):
+    bot.habits(new={"gate": "gate"})
+    telegram.write("never", thread=7)
+    bot.wait_wire("in", "session/new")
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        bot.open_gate("gate")
+        bot.wait_wire("out", when=lambda entry: "sessionId" in entry["frame"].get("result", {}))
+        telegram.stop(telegram.drafts(7)[-1])
+        telegram.answer("⏹ Stopped before Kiro began", thread=7)
+    bot.habits()
+    goes_on(telegram, 7)
+    assert not any("never" in prompt for prompt in bot.prompts())
+
+
 @bot_with(dict(JOIN_SECONDS=0.3))
+@ahead
 def test_a_note_that_is_longer_than_a_message_arrives_whole(telegram, bot):
     error = " ".join(f"word{n}" for n in range(1500))
-    telegram.write('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"' + error + '"}}\n!say ok',
+    telegram.write('!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"' + error + '"}}\n!say the end',
                    thread=7)
-    telegram.answer("ok", thread=7)
+    telegram.answer("the end", thread=7)
     assert error in " ".join(telegram.texts(7)).replace("  ", " ")
     wait_state(bot, "done")
     assert not bot.database("SELECT * FROM parts") and "can't be" not in bot.log()
 
 
 @bot_with(HASTY)
+@ahead
 def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram, bot):
     telegram.write("!wait gate\n!say finished", thread=7)
     bot.wait_prompt("finished")
@@ -6228,7 +6395,7 @@ def test_on_a_full_disk_messages_stay_with_telegram_and_answers_arrive(telegram,
         late = telegram.write("!say not stored", thread=8)
         telegram.answer("can't store", thread=8)
         bot.open_gate("gate")
-        telegram.answer("finished", thread=7, timeout=3)
+        telegram.answer("finished", thread=7)
         wait_until(lambda: bot.agents() - agents, what="the next process, which begins after the turn's end")
         assert not telegram.is_acknowledged(late) and times_said(telegram, "can't store") == 1
     telegram.answer("not stored", thread=8)
@@ -6248,10 +6415,11 @@ def test_what_failed_on_a_full_disk_can_be_asked_again(telegram, bot):
         bot.open_gate("gate")
         failed = telegram.answer("no space left", thread=7)
     telegram.press(failed, "Ask again")
-    telegram.answer("no space left", thread=7, count=2, timeout=3)
+    telegram.answer("no space left", thread=7, count=2)
 
 
 @bot_with(HASTY)
+@ahead
 def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, bot):
     telegram.write("!silence\n!say cut off", thread=7)
     bot.wait_prompt("cut off")
@@ -6269,7 +6437,8 @@ def test_a_bot_that_starts_on_a_full_disk_waits_in_peace(telegram, bot):
 def test_a_folder_that_cannot_be_written_is_named(make_bot):
     bot = make_bot()
     result = bot.run(WORKSPACE_BASE_PATH="/proc/no-such")
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "WORKSPACE_BASE_PATH" in result.stderr
+    said, = (line for line in result.stderr.splitlines() if " INFO " not in line)
+    assert result.returncode == 2 and "WORKSPACE_BASE_PATH" in said
     environment = {**bot.environment(), **bot.settings, "WORKSPACE_BASE_PATH": str(bot.folder / "workspaces")}
     result = subprocess.run(bot.command(), cwd=f"/proc/{os.getpid()}", env=environment, capture_output=True,
                             text=True, timeout=10)
@@ -6277,6 +6446,7 @@ def test_a_folder_that_cannot_be_written_is_named(make_bot):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
+@ahead
 def test_a_database_that_is_deleted_or_replaced_is_opened_anew(telegram, bot, replaced):
     telegram.write("!wait gate\n!say still", thread=7)
     bot.wait_prompt("still")
@@ -6293,7 +6463,8 @@ def test_a_database_that_is_deleted_or_replaced_is_opened_anew(telegram, bot, re
     assert {row["thread_id"] for row in bot.database()} >= ({7, 8} if replaced else {8})
 
 
-@pytest.mark.parametrize("content", [b"PK\3\4 this is an archive" * 500, b"short", b"SQLite format 3\0" + b"\0\1" * 4000])
+@pytest.mark.parametrize("content", [b"PK\3\4 this is an archive" * 500, b"short", b"SQLite format 3\0" + b"\0\1" * 4000],
+                         ids=["archive", "short", "only a head"])
 def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
     bot = make_bot()
     (bot.folder / "tg-acp.db").write_bytes(content)
@@ -6303,8 +6474,11 @@ def test_a_file_that_is_no_database_is_left_as_it_is(make_bot, content):
     assert [path.name for path in bot.folder.glob("tg-acp.db*")] == ["tg-acp.db"]
 
 
-def test_fivefold_kill_loses_nothing_and_runs_nothing_twice(telegram, make_bot):
-    figures = Soak(make_bot(WARM_SECONDS=3), telegram, random.Random(), longest=0.5).run(5)
+@bot_with(WARM_SECONDS=3)
+@ahead
+def test_fivefold_kill_loses_nothing_and_runs_nothing_twice(telegram, bot):
+    bot.stop()
+    figures = Soak(bot, telegram, random.Random(), longest=0.5).run(5)
     assert (figures["lost"], figures["run twice"], figures["answered and offered"]) == (0, 0, 0), figures
     assert figures["offered without a card"] == 0, figures
     assert figures["parts sent twice"] == figures["of these with their confirmation cut off"], figures
@@ -6415,11 +6589,13 @@ FORGED = [
     "again", "again:", "again:0", "again:-1", "again:1e3", "again:1\n", "again:1:1",
     "again:１", "again:99999999999999999999",
     "drop:", "drop:1 OR 1=1",
-    "ask::", "ask:0123456789abcdef:0", "ask:0123456789abcdef:99", "ask:0123456789abcdef:0\0", "ask:" + "f" * 60,
+    "ask::", "ask:0123456789abcdef:0", "ask:7:0123456789abcdef:0", "ask:7:0123456789abcdef:99", "ask:7:0123456789abcdef:0\0",
+    "ask:7:" + "f" * 58,
     "say:7:/model x", "say:7:/stop 0123456789abcdef", "say:7:/model 0123456789abcdef\n", "model:7:0123456789abcdef",
 ]
 
 
+@bot_with(WARM_SECONDS=0)  # or Bob's topic would get a session for what he writes next
 def test_presses_that_were_forged_do_nothing(telegram, bot):
     bot.habits(prompt={"exit": 1, "times": 2})
     telegram.write("!say bob's", user=BOB)
@@ -6441,12 +6617,13 @@ def test_presses_that_were_forged_do_nothing(telegram, bot):
     telegram.answer("bob's", user=BOB)
 
 
-def test_the_token_is_nowhere(telegram, make_bot):
-    bot = make_bot(LOG_LEVEL="DEBUG", BOT_TOKEN=None, KIRO_API_KEY="k", HTTPS_PROXY="http://127.0.0.1:9").hurry(**HASTY)
+@bot_with(HASTY, LOG_LEVEL="DEBUG", KIRO_API_KEY="k", HTTPS_PROXY="http://127.0.0.1:9")
+@ahead
+def test_the_token_is_nowhere(telegram, bot):
     secret = TOKEN.partition(":")[2]
     own = bot.environment()
     bot.environment = lambda: {**own, "BOT_TOKEN": TOKEN, "COPY": f"the token is {TOKEN}"}
-    bot.start()
+    bot.restart(BOT_TOKEN=None)
     telegram.fault("download", drop="before")
     telegram.send_file("document", b"data", name="data.txt", caption="!junk\n!say with a file", thread=7)
     telegram.answer("with a file", thread=7)
@@ -6474,11 +6651,7 @@ def test_what_others_should_not_read_they_cannot(telegram, make_bot):
     (bot.folder / ".env").chmod(0o644)
     sqlite3.connect(bot.folder / "tg-acp.db").close()
     (bot.folder / "tg-acp.db").chmod(0o666)
-    umask = os.umask(0o022)
-    try:
-        bot.start()
-    finally:
-        os.umask(umask)
+    bot.start()
     telegram.send_file("document", b"data", name="data.txt", caption="!file made.txt x\n!say done", thread=7)
     telegram.answer("done", thread=7)
     open_to_others = [f"{path} {oct(path.stat().st_mode)}" for path in bot.folder.rglob("*")
@@ -6516,13 +6689,14 @@ def base64_of(data):
     return shortened(base64.b64encode(data).decode())
 
 
+@ahead
 def test_files_of_every_kind_are_saved_and_named(telegram, bot):
-    kinds = ["document", "audio", "voice", "video", "video_note", "animation", "sticker"]
+    kinds = ["document", "audio", "voice", "video", "video_note", "animation"]
     with telegram.batch_of_updates():
         for kind in kinds:
             telegram.send_file(kind, kind.encode(), caption=f"my {kind}", thread=7)
         telegram.send_file("photo", b"photo", sizes=((90, 60), (1280, 960), (2560, 1920)), thread=7)
-    saved = wait_uploads(bot, 8)
+    saved = wait_uploads(bot, 7)
     assert sorted(saved.values()) == sorted(kind.encode() for kind in kinds + ["photo"])
     prompts = "\n".join(bot.prompts())
     assert all(f"[File: {bot.workspace(7)}/uploads/{name}]" in prompts for name in saved)
@@ -6532,6 +6706,7 @@ def test_files_of_every_kind_are_saved_and_named(telegram, bot):
 
 
 @bot_with(dict(JOIN_SECONDS=0.3))
+@ahead
 def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
     fits = [png(), png() + bytes(3_600_000), png() + bytes(3_600_001), png()]
     pictures = [png() + bytes(3_700_000), *fits[:3], png() + bytes(3_600_002), fits[3], b"no image"]
@@ -6550,6 +6725,7 @@ def test_images_go_as_blocks_as_far_as_they_fit(telegram, bot):
 
 
 @bot_with(dict(JOIN_SECONDS=0.3))
+@ahead
 def test_an_image_that_comes_as_a_file_is_shown_when_it_is_not_too_large(telegram, bot):
     jpeg = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 1000, 2001) + bytes(10)
     pictures = [png(), png(2001, 1), png(1, 2000), jpeg, jpeg.replace(b"\x07\xd1", b"\x07\xd0")]
@@ -6560,6 +6736,7 @@ def test_an_image_that_comes_as_a_file_is_shown_when_it_is_not_too_large(telegra
     assert len(uploads(bot)) == len(pictures)
 
 
+@ahead
 def test_a_reply_to_a_file_brings_it_along_once(telegram, bot):
     report = telegram.send_file("document", b"report", name="report.txt", thread=7)
     picture = telegram.send_file("photo", png(), thread=7)
@@ -6588,6 +6765,7 @@ HOSTILE_NAMES = [
 ]
 
 
+@ahead
 def test_hostile_file_names_are_made_harmless(telegram, bot):
     bot.workspace(7).joinpath("uploads").mkdir(parents=True)
     bot.workspace(7).joinpath("uploads", "same.txt").write_bytes(b"older")
@@ -6615,6 +6793,7 @@ def test_names_are_utf_8_whatever_the_locale(telegram, make_bot):
 
 
 @bot_with(dict(RETRY_DELAYS=(0.05, 0.1, 0.2), GET_FILE_SECONDS=0.5))
+@ahead
 def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
     telegram.fault("download", status=500, when=lambda call: "voice" in call.params["path"])
     telegram.fault("download", drop="before", when=lambda call: "audio" in call.params["path"])
@@ -6629,7 +6808,7 @@ def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
     prompt = "\n".join(block.get("text", "") for block in bot.wait_prompt("good.txt]")["frame"]["params"]["prompt"])
     answer = telegram.answer("I could not get", thread=7)
     for name in ("huge.iso", "unknown.txt", "voice_", "song.mp3"):
-        assert name in answer.text and f"had: {name}" in prompt
+        assert name in answer.text and f"send it again.\n{name}" in prompt
     assert "20 MB" in answer.text or "too big" in answer.text
     assert "look\n[File: " in prompt and b"good" in uploads(bot).values()
     telegram.answer("echo: ", thread=7)
@@ -6641,7 +6820,8 @@ def test_a_local_server_has_no_limit(telegram, bot, tmp_path):
     assert wait_uploads(bot, 1) == {"huge.iso": b"really large"}
 
 
-@bot_with(dict(RETRY_DELAYS=(0.05,), GET_FILE_SECONDS=0.3))
+@bot_with(dict(RETRY_DELAYS=(0.15,), GET_FILE_SECONDS=1))
+@ahead
 def test_a_file_that_is_unavailable_for_a_moment_is_asked_for_again(telegram, bot):
     unavailable = "Bad Request: wrong file_id or the file is temporarily unavailable"
     telegram.fault("getFile", status=400, description=unavailable, times=2)
@@ -6649,10 +6829,11 @@ def test_a_file_that_is_unavailable_for_a_moment_is_asked_for_again(telegram, bo
     assert wait_uploads(bot, 1) == {"a.txt": b"precious"}
     telegram.fault("getFile", status=400, description=unavailable, times=None)
     telegram.send_file("document", b"gone", name="b.txt", thread=7)
-    telegram.answer("I could not get b.txt", thread=7)
+    telegram.answer("\nb.txt: ", thread=7)
     assert 3 + 3 <= len(telegram.find("getFile", ok=None)) <= 3 + 8
 
 
+@ahead
 def test_a_download_that_was_cut_off_is_done_again(telegram, bot):
     fault = telegram.fault("download", hang=60)
     telegram.send_file("document", b"precious", name="a.txt", caption="read this", thread=7)
@@ -6677,27 +6858,28 @@ esac
 """
 
 
-@bot_with(dict(TRANSCRIBE_SECONDS=1, **QUICK), TRANSCRIBE_COMMAND="./transcribe")
+@bot_with(dict(TRANSCRIBE_SECONDS=2, **QUICK), TRANSCRIBE_COMMAND="./transcribe")
+@ahead
 def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
     def sleeps():
         return any(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bot.agents())
 
     bot.restart(TRANSCRIBE_COMMAND=str(bot.folder / "transcribe"))
     telegram.send_file("voice", b"fine", thread=1)
-    missing = telegram.answer("🎙 The voice note could not be understood, so Kiro gets the file.\n", thread=1)
+    missing = telegram.answer("could not be understood, so Kiro gets the file.\nvoice_", thread=1)
     assert "No such file" in missing.text
     telegram.answer("[File: ", thread=1)
     (bot.folder / "transcribe").write_text(TRANSCRIBER)
     (bot.folder / "transcribe").chmod(0o700)
     telegram.send_file("voice", b"fine", thread=1)
-    telegram.answer("🎙 run the tests again", thread=1)
+    assert telegram.answer("🎙 run the tests again", thread=1).params["disable_notification"]
     telegram.answer("echo: run the tests again\n[File: ", thread=1)
-    troubles = [("silent", "no text"), ("broken", "model not found"), ("endless", "too much"), ("hangs", "no end in 1 s")]
+    troubles = [("silent", "no text within"), ("broken", "model not found"), ("endless", "no text"), ("hangs", "no text")]
     for thread, (content, _) in enumerate(troubles, 11):
         telegram.send_file("voice", content.encode(), thread=thread)
     for thread, (_, why) in enumerate(troubles, 11):
         assert "could not be understood" in telegram.answer(why, thread=thread).text
-        telegram.answer("echo: [File: ", thread=thread)
+        telegram.answer("echo: [From the bot: 🎙 The voice note could not be understood", thread=thread)
     telegram.send_file("video_note", b"hangs", thread=3)
     telegram.wait_for(DRAFT, containing="Listening", thread=3)
     telegram.write("/stop", thread=3)
@@ -6709,12 +6891,13 @@ def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
     assert not bot.agents()
 
 
+@ahead
 def test_stop_ends_a_turn_that_still_downloads(telegram, bot):
     fault = telegram.fault("download", hang=60)
     telegram.send_file("document", b"slow", name="a.txt", thread=7)
     telegram.wait_for("download", ok=None)
     telegram.write("/stop", thread=7)
-    telegram.answer("Stopped", thread=7, timeout=3)
+    telegram.answer("Stopped", thread=7)
     fault.end()
     wait_until(lambda: os.listdir(bot.workspace(7) / "uploads") == [".gitignore"], what="the end of the download")
     assert not bot.prompts()
@@ -6877,16 +7060,14 @@ def test_a_large_file_is_never_held_in_memory(telegram, bot):
     assert bot.status("VmHWM") < 60 * 1024
 
 
-def test_a_file_that_changes_while_it_is_sent_is_sent_as_long_as_it_was(tmp_path):
+def test_a_file_that_grows_while_it_is_sent_has_an_end(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"a" * 100_000)
     with open(path, "rb") as file:
-        form = program.Form({"chat_id": 1}, "document", ("a", file))
-        path.write_bytes(b"a" * 200_000)
-        assert len(b"".join(form)) == len(form)
-        os.truncate(path, 50_000)
-        with pytest.raises(program.FileRefused):
-            list(form)
+        body, content_type = program._multipart({"chat_id": 1}, "document", ("a", file))
+        path.write_bytes(b"a" * 10_000_000)
+        _, files = form_fields(content_type, b"".join(body))
+    assert 100_000 <= len(files["document"][1]) < 200_000
 
 
 def test_what_kiro_shows_beside_the_text_is_shown(telegram, bot):
@@ -6900,7 +7081,7 @@ def test_what_kiro_shows_beside_the_text_is_shown(telegram, bot):
               {"type": "image", "mimeType": "image/png", "data": "x"}, {"type": "image", "mimeType": [], "data": {}}, {"type": "text", "text": {}},
               {"type": "resource", "resource": []}, {"type": "resource_link", "uri": "http://[", "name": {}}]
     telegram.write("\n".join(["!say Look:", *(f"!block {json.dumps(block)}" for block in blocks), "!say the end"]), thread=7)
-    told = [telegram.answer(text, thread=7).text for text in ("Look:", "but it is outside", "but it can't be read")]
+    told = [telegram.answer(text, thread=7).text for text in ("Look:", "sent: it is outside", "image.png, but it can't be sent: ")]
     assert "[a page](https://example.com/x)" in told[0] and "embedded" in told[0] and "the end" in told[0]
     assert [call.files["photo"][1] for call in telegram.find("sendPhoto")] == [png()]
     assert [call.files["document"] for call in telegram.find("sendDocument")] == [("c d.txt", b"linked")]
@@ -6915,7 +7096,7 @@ def test_get_sends_a_file_without_a_turn(telegram, bot):
     telegram.write("/get a b.txt", thread=7)
     assert telegram.wait_for("sendDocument", thread=7).files["document"] == ("a b.txt", b"hello")
     for path, why in (("/etc/passwd", "outside of this topic's folder"), ("../../..", "outside"), ("", "not a regular file"),
-                      ("none", "no such file"), (".", "not a regular file"), ("x\0y", "can't be read"), ("x" * 300, "File name too long")):
+                      ("none", "No such file"), (".", "not a regular file"), ("x\0y", "can't be sent"), ("x" * 300, "File name too long")):
         assert why in ask(telegram, f"/get {path}")
     assert not bot.prompts()
     settle(bot)
@@ -6937,7 +7118,7 @@ def test_files_that_must_not_be_sent_are_refused(telegram, bot, tmp_path):
     assert [call.files["document"][1] for call in telegram.find("sendDocument")] == [b"fine"]
     told = telegram.texts(containing="Kiro wanted to send")
     assert "outside" in told[0]
-    assert all(reason in "".join(told) for reason in ("no such file", "regular file", "larger"))
+    assert all(reason in "".join(told) for reason in ("No such file", "regular file", "larger", "must be non-empty"))
     telegram.write("what now?", thread=7)
     telegram.answer("echo: what now?", thread=7)
     assert all(f"{path}: " in bot.prompts()[-1] for path in bad)
@@ -6950,6 +7131,7 @@ def test_a_path_with_a_nul_harms_nobody(telegram, bot):
     telegram.answer("echo: next", thread=7)
 
 
+@ahead
 def test_refused_folders_leave_no_descriptors(telegram, bot):
     in_workspace(bot, {"d/x": b""})
     telegram.write("hello", thread=7)
@@ -6976,7 +7158,7 @@ def test_a_folder_that_becomes_a_link_at_the_last_moment_is_noticed(tmp_path, mo
         return real_open(path, *args, **kwargs)
 
     monkeypatch.setattr(program.os, "open", swap_and_open)
-    with pytest.raises(program.FileRefused):
+    with pytest.raises(ValueError):
         program.open_inside("d/f", str(workspace))
 
 
@@ -6989,6 +7171,7 @@ def test_a_tag_in_a_sentence_about_tags_is_text(telegram, bot):
     assert len(telegram.find("sendDocument")) == 1
 
 
+@ahead
 def test_tags_in_code_are_text(telegram, bot):
     in_workspace(bot, {"a.txt": b"a"})
     text = (f"Write `{tag('a.txt')}` or ``{tag('a.txt', '`')}``:\n\n```html\n{tag('a.txt')}\n```\n\n"
@@ -7065,10 +7248,10 @@ def time_hostile_texts():
 @pytest.fixture(scope="session", autouse=True)
 def timing_of_hostile_texts(request):
     """The process that times them, from the run's start on: it needs a processor for longer than any test, but not soon."""
-    if not any(item.name == "test_hostile_texts_take_no_time" for item in request.session.items):
+    if not wanted(request):
         yield
         return
-    code = "import os; os.nice(19); import test_sessions; test_sessions.time_hostile_texts()"
+    code = "import os; os.nice(5); import test_sessions; test_sessions.time_hostile_texts()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as timing:
         yield timing
@@ -7139,6 +7322,7 @@ def test_each_option_of_a_permission_is_a_button(telegram, bot):
     assert told == ["permission: allow_once", "permission: allow_always", "permission: reject_once"]
 
 
+@ahead
 def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
     asked = {}
     for thread in (1, 2, 3):
@@ -7160,6 +7344,7 @@ def test_stop_and_the_end_of_the_turn_refuse_what_was_asked(telegram, bot):
     assert len(bot.wire("in", when=lambda e: "'outcome': 'cancelled'" in str(e["frame"]))) == 2
 
 
+@ahead
 def test_a_stop_does_not_wait_until_many_questions_are_asked(telegram, bot):
     first, second = (telegram.fault("sendMessage", hang=10, when=lambda call, n=n: f"do {n}." in call.text) for n in (0, 20))
     telegram.write("!ask_many 30\n!silence", thread=7)
@@ -7177,8 +7362,10 @@ def test_a_stop_does_not_wait_until_many_questions_are_asked(telegram, bot):
 
 @pytest.mark.parametrize("constants, others", [(dict(PERMISSION_SECONDS=0.5), []),
                                                (dict(PERMISSION_SECONDS_IN_DEMAND=0.3, DEAF_SECONDS=0.4), [8])])
-def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegram, make_bot, constants, others):
-    make_bot(MAX_PROCESSES=1).hurry(**constants).start()
+@bot_with(MAX_PROCESSES=1)
+@ahead
+def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegram, bot, constants, others):
+    bot.hurry(**constants).restart()
     telegram.write("!ask Running: make", thread=7)
     asked = question(telegram, "make")
     for thread in others:
@@ -7197,8 +7384,10 @@ k.Turn.act_on = act_on
 """
 
 
-def test_the_clock_of_silence_stands_while_a_question_is_open_and_starts_anew_with_the_decision(telegram, make_bot, tmp_path):
-    bot = make_bot(SILENCE_SECONDS=1, KIRO_COMMAND=patched_kiro(tmp_path, SLOW_TO_ACT)).hurry(TOOL_PATIENCE=0.7).start()
+@bot_with(dict(TOOL_PATIENCE=0.7), SILENCE_SECONDS=2)
+@ahead
+def test_the_clock_of_silence_stands_while_a_question_is_open_and_starts_anew_with_the_decision(telegram, bot):
+    bot.restart(KIRO_COMMAND=patched_kiro(bot.control, SLOW_TO_ACT))
     telegram.write("!ask Running: make\n!say and so on", thread=7)
     asked = question(telegram, "make")
     tell(telegram, "!tool execute Running: tests\n!silence", 8, "⚠️ Kiro said nothing")  # so long it is
@@ -7220,6 +7409,7 @@ def update(session_update, **more):
     return "!raw " + json.dumps({"jsonrpc": "2.0", "method": "session/update", "params": params}) + "\n"
 
 
+@ahead
 def test_what_was_changed_is_counted_and_can_be_looked_at(telegram, bot):
     telegram.write(update(DIFF) + update(DELETED) + update(DIFF, toolCallId="t3", status="failed", content=[])
                    + "!credits 0.5 0.25\n!say Both **done**.", thread=7)
@@ -7232,7 +7422,7 @@ def test_what_was_changed_is_counted_and_can_be_looked_at(telegram, bot):
     [code] = shown.params["entities"]
     assert (code["type"], code["offset"], code["length"]) == ("pre", 0, len(shown.text))
     ask(telegram, "!say nothing changed")
-    assert toast(telegram, telegram.press(answer, "Changes")) == "This is over."
+    assert command(telegram, (answer, "Changes")).text == "This is over."
     five_mb = [{"type": "diff", "path": "big.txt", "oldText": "a\n" * 1_200_000, "newText": "b\n" * 1_200_000}]
     bot.control_file("big", update(DIFF, content=five_mb)[5:])
     telegram.write("!raw_file big\n!say big", thread=7)
@@ -7241,10 +7431,11 @@ def test_what_was_changed_is_counted_and_can_be_looked_at(telegram, bot):
     [(name, data)] = telegram.wait_for("sendDocument", thread=7, timeout=20).files.values()
     assert name == "changes.diff" and data.startswith(b"big.txt  +1200000 -1200000\n- a\n") and len(data) < 3 * 2**20
     bot.restart()
-    assert toast(telegram, telegram.press(big, "Changes")) == "This is over."
+    assert command(telegram, (big, "Changes")).text == "This is over."
 
 
 @bot_with(dict(LONG_SECONDS=0.1, **QUICK))
+@ahead
 def test_a_turn_that_took_long_says_what_it_took(telegram, bot):
     telegram.write("!tool read Reading\n!tool_done\n!sleep 0.2\n!say here", thread=7)
     assert telegram.answer("here", thread=7).text == "here\n\n0 s · 1 step · 0.03 credits"
@@ -7255,9 +7446,10 @@ def test_a_turn_that_took_long_says_what_it_took(telegram, bot):
     assert telegram.answer("part", thread=7).text.startswith("part\n\n⏹ Stopped.\n\n")
     closing = program.Answer()
     closing.credits = 1.23456
-    assert closing.closing(95.4) == "1 m 35 s · 1.235 credits" and closing.closing(0.05) == ""
+    assert closing._closing(95.4) == "1 m 35 s · 1.235 credits" and closing._closing(0.05) == ""
 
 
+@ahead
 def test_only_the_first_press_of_the_right_person_counts(telegram, bot):
     telegram.write("!ask Running: first", thread=7)
     telegram.write("!ask Running: second", thread=8)
@@ -7312,6 +7504,7 @@ NAME = {"type": "string", "title": "Your name", "minLength": 2, "maxLength": 5, 
 SIZE = {"type": "string", "enum": ["S", "M", "L", "a very large one"], "description": "of the shirt"}
 
 
+@ahead
 def test_what_kiro_wants_to_know_is_asked_with_buttons_and_in_words(telegram, bot):
     answer = Answering(telegram)
     telegram.write(elicit("Colour?", {"colour": COLOURS}, ["colour"]) + elicit("Sure?", {"sure": {"type": "boolean"}})
@@ -7359,6 +7552,7 @@ def test_several_fields_are_asked_one_after_the_other_and_shown_before_they_are_
 
 
 @bot_with(dict(JOIN_SECONDS=0.3))
+@ahead
 def test_an_address_is_opened_only_when_it_shows_where_it_leads(telegram, bot):
     answer = Answering(telegram)
     telegram.write(elicit("Sign in", mode="url", url="https://id.test/a?b=c%20d#e")
@@ -7379,7 +7573,8 @@ def test_an_address_is_opened_only_when_it_shows_where_it_leads(telegram, bot):
     telegram.answer('elicited: decline null\nelicited: decline null\nelicited: accept {"x": null}\ndone', thread=7)
 
 
-@bot_with(dict(PERMISSION_SECONDS=0.6))
+@bot_with(dict(PERMISSION_SECONDS=2))
+@ahead
 def test_stop_time_and_the_end_of_the_turn_cancel_a_form(telegram, bot):
     form = elicit("Name?", {"name": {"type": "string"}, "more": {"type": "string"}})
     telegram.write(form + "!say end", thread=7)
@@ -7402,8 +7597,8 @@ def test_a_question_may_be_answered_before_telegram_has_confirmed_it(telegram, b
     fault = telegram.fault("sendMessage", hang=10)
     telegram.write(elicit("Name?", {"name": {"type": "string"}}) + "!say end", thread=7)
     asked = question(telegram, "Name?")
-    telegram.write("Ann", thread=7)
-    bot.wait_wire("in", when=lambda entry: "content" in entry["frame"].get("result", {}))
+    acknowledged = telegram.write("Ann", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(acknowledged))
     fault.end()
     settled(telegram, asked, "→ Ann")
     telegram.answer('elicited: accept {"name": "Ann"}', thread=7)
@@ -7502,21 +7697,11 @@ def test_an_answer_takes_in_what_kiro_says():
     assert answer.running == ""
     say("wrong")
     hear("stream_discarded", "_kiro.dev/session/update")
-    assert answer.text() == "one two\n\nthree" and answer.grace is None
+    assert answer.text() == "one two\n\nthree" and not answer.has_ended
     hear("turn_end")
-    assert answer.grace
+    assert answer.has_ended
     parts = answer.parts(program.Outcome("⏹ Stopped.", stopped=True), "note", ["full"])
     assert [part["text"] for part in parts] == ["note", "one two\n\nthree", "full"] and parts[1]["end"] == "⏹ Stopped."
-
-
-def test_messages_of_an_agent_are_set_apart():
-    answer = program.Answer()
-    for number, text in ((1, "one"), (1, " more"), (2, "two")):
-        answer.hear("session/update", {"update": {"sessionUpdate": "agent_message_chunk", "messageId": number,
-                                                  "content": {"type": "text", "text": text}}})
-    answer.hear("session/update", {"update": {"sessionUpdate": "plan", "entries": []}})
-    answer.say("three")
-    assert answer.text() == "one more\n\ntwo\n\nthree"
 
 
 def test_a_question_shows_what_the_call_said_before_too():
@@ -7535,9 +7720,9 @@ def test_titles_have_nothing_of_ours():
 
 def test_lists_in_a_form_are_written_with_commas():
     field = {"type": "array", "items": {"anyOf": [{"const": "s", "title": "Small"}, {"const": "l", "title": "Large"}]}}
-    assert program.wanted(field) == "one or more of Small, Large, with commas between"
-    assert program.value_of(field, "large, Small") == ["l", "s"] and program.value_of(field, "large, huge") is None
-    assert not program.wanted({"type": "array", "items": {"type": "object"}})
+    assert program._wanted(field) == "one or more of Small, Large, with commas between"
+    assert program._value(field, "large, Small") == ["l", "s"] and program._value(field, "large, huge") is None
+    assert not program._wanted({"type": "array", "items": {"type": "object"}})
 
 
 def test_an_answer_that_is_nothing_but_a_tool_call_says_what_that_said():
@@ -7557,9 +7742,12 @@ NO_AND_ALWAYS = ("k.Turn.options = lambda self: [dict(optionId='n', name='No', k
                  "dict(optionId=3, name='Ok', kind='allow_always')]")
 
 
-@pytest.mark.parametrize("code, kind", [("pass", "allow_once"), (NO_AND_ALWAYS, "allow_always"), (ONLY_NO, "cancelled")])
-def test_allow_mode_allows_by_kind(telegram, make_bot, tmp_path, code, kind):
-    bot = make_bot(TOOL_APPROVAL="allow", KIRO_COMMAND=patched_kiro(tmp_path, code)).start()
+@pytest.mark.parametrize("code, kind", [("pass", "allow_once"), (NO_AND_ALWAYS, "allow_always"), (ONLY_NO, "cancelled")],
+                         ids=["usual", "no and always", "only no"])
+@bot_with(TOOL_APPROVAL="allow")
+@ahead
+def test_allow_mode_allows_by_kind(telegram, bot, code, kind):
+    bot.restart(KIRO_COMMAND=patched_kiro(bot.control, code))
     bot.habits(permission_ids="hyphens")
     telegram.write("!ask Running: make", thread=7)
     telegram.answer(f"permission: {kind}", thread=7)
@@ -7604,16 +7792,24 @@ def test_an_edit_into_a_command_leaves_the_question_as_it_was(telegram, bot):
 def test_what_follows_new_goes_to_a_new_session_or_nowhere(telegram, bot):
     ask(telegram, "hello")
     bot.habits(new={"error": -32603, "data": "no way"})
-    assert ask(telegram, "/new do this").endswith("The rest of your message was not sent to Kiro.")
+    said = ask(telegram, "/new do this")
+    assert "no way" in said and "not sent to Kiro" in said
     bot.habits(new={"gate": "go"})
     telegram.write("/new do that", thread=7)
     bot.wait_wire("in", "session/new", count=3)
     telegram.write("/stop", thread=7)
-    telegram.answer("⏹ Stopped.\nThe rest of your message was not sent to Kiro.", thread=7)
+    assert "not sent to Kiro" in telegram.answer("⏹ Stopped.", thread=7).text
     bot.habits()
     bot.open_gate("go")
     goes_on(telegram, 7)
     assert not [prompt for prompt in bot.prompts() if "do th" in prompt]
+    bot.habits(new={"gate": "later"})
+    for text in ("/new first", "second"):
+        telegram.write(text, thread=7)
+    bot.wait_wire("in", "session/new", count=4)
+    bot.open_gate("later")
+    answer = telegram.answer("second", thread=7)
+    assert [re.findall("first|second", prompt) for prompt in bot.prompts() if "second" in prompt] == [["first", "second"]], answer.text
 
 
 @bot_with(MAX_PROCESSES=1)
@@ -7625,7 +7821,7 @@ def test_a_stopped_start_holds_up_nobody(telegram, bot):
     telegram.answer("Stopped", thread=7)
     bot.habits()
     telegram.write("again", thread=7)
-    telegram.answer("echo: again", thread=7, timeout=3)
+    telegram.answer("echo: again", thread=7)
 
 
 def test_new_does_not_wait_for_a_warm_start(telegram, bot):
@@ -7633,7 +7829,7 @@ def test_new_does_not_wait_for_a_warm_start(telegram, bot):
     ask(telegram, "hello")
     bot.wait_wire("in", "session/load")
     telegram.write("/new", thread=7)
-    telegram.answer("✨ A new session has begun.", thread=7, timeout=3)
+    telegram.answer("✨ A new session has begun.", thread=7)
     goes_on(telegram, 7)
 
 
@@ -7664,6 +7860,7 @@ def test_what_is_offered_again_may_be_edited_first(telegram, bot):
 
 
 @bot_with(dict(SAY_SECONDS=0.5))
+@ahead
 def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, bot):
     telegram.write("/new", thread=7)
     telegram.answer("new session", thread=7)
@@ -7687,7 +7884,7 @@ def readme():
 def test_the_start_says_in_one_line_each_what_was_found(telegram, make_bot):
     telegram.topics_enabled = False
     bot = make_bot().start()
-    for what in ("Kiro: ", "pyTelegramBotAPI: 4.", "Bot: @", "topics are off (switch them on", "Allowed: 1001, 1002",
+    for what in ("Kiro: ", "Bot: @", "topics are off (switch them on", "Allowed: 1001, 1002",
                  f"Folder: {bot.folder}/workspaces", "tg-acp.db, 0 sessions"):
         assert what in bot.log()
     lines = bot.log().count("\n")
@@ -7725,24 +7922,12 @@ TROUBLES = [
 
 
 def test_a_check_says_what_is_wrong(make_bot):
-    bots = [make_bot(str(number)).hurry(REPLACED_SECONDS=0, CHECK_SECONDS=0.5) for number in range(len(TROUBLES))]
+    bots = [make_bot(str(number)).hurry(REPLACED_SECONDS=0) for number in range(len(TROUBLES))]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda bot, case: bot.run("--check", **case[0]), bots, TROUBLES)
     for result, (_, told) in zip(results, TROUBLES):
         assert result.returncode == 1
         assert told in result.stdout and "Traceback" not in result.stderr
-
-
-@bot_with(WARM_SECONDS=0)
-def test_a_check_names_stale_locks_and_leaves_them(telegram, bot):
-    telegram.write("!say a word\n!kill")
-    telegram.answer("Kiro has exited")
-    bot.stop()
-    lock, = bot.home.glob(".kiro/sessions/cli/*.json")
-    lock = lock.with_suffix(".lock")
-    lock.write_text('{"pid": 999999999, "started_at": "2026-01-01T00:00:00Z"}')
-    assert f"stale, removed at the next message: {lock.stem}" in bot.run("--check").stdout
-    assert lock.exists()
 
 
 def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
@@ -7760,17 +7945,23 @@ def test_the_console_takes_each_line_of_a_pipe_as_a_message(make_bot):
 
 
 @bot_with(QUICK)
+@ahead
 def test_the_console_leaves_a_running_bot_alone(telegram, bot):
     telegram.write("!say working\n!wait go", thread=7)
     telegram.wait_for("sendMessageDraft", containing="working", thread=7)
-    assert "echo: from the console" in bot.run("--console", input="from the console\n").stdout
+    said = bot.run("--console", input="from the console\n!ask Leave the console\n").stdout  # in the midst of a turn
+    assert "echo: from the console" in said and "Leave the console" in said
     bot.open_gate("go")
     telegram.answer("working", thread=7)
-    assert not telegram.find(containing="console")
+    bot.restart()
+    assert ask(telegram, "still there?") == "echo: still there?"
+    assert not telegram.find(containing="console") and not bot.database("SELECT * FROM inbox WHERE user_id = 0")
 
 
-def test_ctrl_c_stops_a_turn_of_the_console(make_bot):
-    bot = make_bot(BOT_TOKEN=None)
+@ahead
+def test_ctrl_c_stops_a_turn_of_the_console(telegram, bot):
+    bot.stop()
+    bot.set(BOT_TOKEN=None)
     with subprocess.Popen(bot.command("--console"), cwd=bot.folder, env=bot.environment(), stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as console:
         console.stdin.write("!say so far\n")
@@ -7789,11 +7980,15 @@ def test_ctrl_c_stops_a_turn_of_the_console(make_bot):
 def at_console(bot, **environment):
     """A person at the console, with the terminal of a visitor."""
     environment = {**bot.environment(), "TERM": "xterm", **environment}
-    return Typist(bot.command("--console"), cwd=bot.folder, env=environment)
+    command = [sys.executable, "-c", f"import bot; {bot.statements}\nbot.start(['--console'])"]
+    return Typist(command, cwd=bot.folder, env=environment)
 
 
-def test_the_console_is_a_place_to_try_it_all(make_bot):
-    bot = make_bot(BOT_TOKEN=None, KIRO_COMMAND="python test_sessions.py")
+@ahead
+def test_the_console_is_a_place_to_try_it_all(telegram, bot):
+    bot.stop()
+    bot.set(BOT_TOKEN=None, KIRO_COMMAND="python test_sessions.py")
+    (bot.folder / "test_sessions.py").symlink_to(REPO / "test_sessions.py")
     with at_console(bot, KIRO_STAND_IN="") as person:
         assert "Ctrl-D leaves" in person.type("")
         person.type("helo\x1b[Dl\r", "You wrote: **hello**")  # an arrow key
@@ -7833,7 +8028,7 @@ def test_a_console_without_kiro_says_so_before_the_first_prompt(make_bot):
 
 def test_python_in_the_command_is_this_one_where_there_is_no_other(monkeypatch):
     monkeypatch.setenv("PATH", "/no/such/folder")
-    assert read_settings({"KIRO_COMMAND": "python x"}, REPO, need_token=False).kiro_command == [sys.executable, "x"]
+    assert read_settings({"KIRO_COMMAND": "python x"}).kiro_command == [sys.executable, "x"]
 
 
 def test_without_the_requirements_it_says_how_to_install_them(tmp_path):
@@ -7843,6 +8038,7 @@ def test_without_the_requirements_it_says_how_to_install_them(tmp_path):
     assert "is not installed" in result.stderr and "pip install -q -r requirements.txt" in result.stderr
 
 
+@ahead
 def test_the_server_tells_a_topic_something(telegram, bot):
     telegram.open_topic(7)
     assert "\nTopic: 1001/7\n" in ask(telegram, "/status")
@@ -7927,7 +8123,7 @@ def test_the_ci_runs_the_readmes_test_command():
 
 
 def test_the_bot_that_was_thrown_out_has_stayed_out_for_longer_than_a_poll(thrown_out):
-    """What became of the bot of the first test of Telegram's faults; here, so that some time has passed."""
+    """Here, so that some time has passed."""
     bot, telegram = thrown_out
     assert bot.running()
     telegram.wait_for("getUpdates", ok=None, count=2)
