@@ -68,7 +68,6 @@ if __name__ == "__main__":
 import argparse
 import base64
 import difflib
-import errno
 import faulthandler
 import fcntl
 import filecmp
@@ -323,7 +322,7 @@ TO_DECIDE = "❓ Waiting for your decision"
 TOOL = "🔧 {}"
 STOPPED = "⏹ Stopped."
 STOPPED_BEFORE = "⏹ Stopped before Kiro began."
-FAILED = "⚠️ {}{}"
+FAILED = "⚠️ {}"
 FAULT = "⚠️ Something went wrong here. Ask again, or write something else.\n{}"
 SILENT = "Kiro said nothing for {:.0f} s, so I ended it."
 NOTHING_SAID = "Kiro has finished without saying anything."
@@ -359,8 +358,58 @@ NO_SECRETS = "this chat is no place for secrets; give it on the server"
 NOT_SHOWN = "such a question can't be shown here"
 
 # -- of Agent and Kiro ---------------------------------------------------------------------------------------------------
+REFUSED = "Kiro reports a problem.\n{}"
+FOLDER_REFUSED = "{} is missing, can't be read, or is not among the allowed folders.\n{}"
+NO_FOLDERS = "Whoever runs this bot can allow other folders with ALLOWED_FOLDERS."
+NEARLY_FULL = "ℹ️ {:.0f} % of this session's context is used. /compact shortens it, /new starts afresh."
+SESSION_REFUSED = "Kiro no longer opens that session, so this topic stays in its own."
+WAITING = "Waiting for a free place (ahead of you: {})…"
+NO_START = "Kiro could not be started. Whoever runs this bot has to look at KIRO_COMMAND on the server.\n{}: {}"
+NO_END = "The former Kiro process does not end. Whoever runs this bot has to look at it."
+NO_ANSWER = "Kiro did not answer in time.\n{}: no answer within {:.0f} s"
+DEAF = "Kiro does not read what it is sent."
+FOLDER_GONE = "This topic's folder can't be used. Whoever runs this bot has to look at it; /folder offers others.\n{}: {}"
+NO_HISTORY = "ℹ️ This agent can't reload sessions: each message starts without the history."
+NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh.\nThe old session: {}"
+HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
+                "The folder is as it was.\nThe old session: {}")
+OPEN_ELSEWHERE = "This topic's session is open in another program (process {}). Close it there, then ask again."
+STILL_LOCKED = ("This topic's session is still locked. Ask again in a minute, or begin another with /new. If nothing uses it, "
+                "whoever runs this bot can remove the lock.\nprocess {}: {}")
+MODEL_GONE = "ℹ️ The model {} is no longer offered; this topic is back to Kiro's own choice."
+MODEL_REFUSED = "⚠️ The model may not be {}; /model offers others. {}"
+LOG_IN = "It is not logged in. On the server, as the bot's user: {}"
+KIRO_LOGIN = "kiro-cli login --use-device-flow (or set KIRO_API_KEY); another agent as its documentation says."
+TRY_AGAIN = "Ask again; if that does not help, /new starts afresh."
+WAIT_A_LITTLE = "It may pass. Wait a little, then ask again."
+REFUSES_ALL = "This session refuses every message in the same way. /new starts a fresh one, /compact may help too."
+EXITED = "Kiro has exited.\n{}"
 
 # -- of Answer and Reply -------------------------------------------------------------------------------------------------
+COMPACTION = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
+              "failed": "⚠️ The conversation could not be compacted; /new starts afresh.\n{}"}      # by Kiro's word for it
+TRIES_AGAIN = "Kiro is held up, and tries again"
+SOME_TOOL = "use a tool"
+STEPS, FILES = ("{} step", "{} steps"), ("{} file", "{} files")      # one, more
+COST = "{:.4g} credits", "{:.4g} credits"
+STEP = "step {}"
+WANTS_TO = "❓ Kiro wants to: {}"
+TOO_LONG = "⚠️ This answer became far too long; the rest is left out. Ask Kiro for less at a time."
+MORE_TEXT = "\n⚠️ {} more characters are not shown."
+MORE_STEPS = "… {} more"
+NOT_TAKEN = "⚠️ Telegram does not take a part of the answer. I'll keep trying; /stop gives it up.\n{}"
+GIVEN_UP = "⏹ I have given up the part of the answer that Telegram does not take. Kiro knows it; you can ask for it."
+ASK_AGAIN, DROP, CHANGES = "Ask again", "Drop", "Changes"
+FILE_NOT_SENT = "⚠️ Kiro wanted to send {}, but {}."
+NO_SUCH_FILE = "there is no such file"
+CANT_BE_SENT = "it can't be sent.\n{}"
+WORKED_ON = "⚠️ I was interrupted while working on: {}"
+ONLY_A_FILE = "(a file)"
+LEFT_OUT = "✂️ {} messages are left out here: this is the whole answer."
+TOPIC_GONE = "⚠️ The topic is gone or closed, so I answer here.\n{}"
+TOO_LARGE = "It is larger than the {} MB that Telegram takes"
+OUTSIDE = "It is outside of this topic's folder"
+NOT_REGULAR = "It is not a regular file"
 
 
 # ======================================================================================================================
@@ -501,7 +550,7 @@ class Poll:
         stranger = message["from"]["id"]
         if stranger == message["chat"]["id"] and stranger not in self._strangers:      # not in a group; nor the bot itself
             log.info("A stranger wrote: user %s", stranger)
-            self._bot.chat(stranger, thread_of(message)).say(STRANGER.format(stranger), once=True)
+            self._bot.chat(stranger, thread_of(message)).say(STRANGER.format(stranger), seconds=0)
             self._strangers.add(stranger)
 
     # -- handlers: they look, and say what is to be done once the batch is in the journal ---------------------------------
@@ -764,7 +813,7 @@ def route(bot: Bot, incoming: Incoming):
     """Hand a journaled message to whoever answers it."""
     key, command, message = incoming.key, incoming.command, incoming.message
     conversation, is_written = bot.conversation(*key), incoming.update_id >= 0 and not command
-    is_answered = command in ANSWERS and (command not in JOBS or conversation.agent.models)
+    is_answered = command in ANSWERS and (command not in JOBS or conversation.agent.models.offered)
     if (command == "stop" and conversation.stop()      # at once: errands of the topic may be waiting
             or is_written and conversation.questions.hear(message.get("text", ""))):
         bot.errand(key, bot.store.done, incoming.update_id)        # what stops says so, when it is true
@@ -885,7 +934,7 @@ def _show_status(conversation, _):
     if len(waiting) > STATUS_WAITING:
         lines.append(MORE_WAIT.format(len(waiting) - STATUS_WAITING))
     lines.append(MODEL.format(agent.model()))
-    if known.context is not None:
+    if known.context:
         lines.append(CONTEXT.format(known.context))
     if known.credits is not None:
         lines.append(CREDITS.format(known.credits, known.spent))
@@ -906,16 +955,16 @@ def _show_changes(conversation, wanted):
     """Show what the last turn did to files: its answer has a button for that."""
     changes = conversation.changes.get(chosen(wanted, conversation.changes))
     if changes:
-        conversation.chat.show(changes, "changes.diff")
+        conversation.chat.show_diff(changes)
     return "" if changes else OVER, []
 
 
 def _answer_model(conversation, wanted):
     """Choose a model, or list them when none is wanted."""
     agent = conversation.agent
-    if not agent.models:                       # so it is a job, and may ask Kiro
+    if not agent.models.offered:                       # so it is a job, and may ask Kiro
         agent.ready()
-    names, present = agent.model_names(), agent.model()
+    names, present = agent.models.offered, agent.model()
     if not names:
         return NO_MODELS, []
     if name := chosen(wanted, names):
@@ -924,7 +973,7 @@ def _answer_model(conversation, wanted):
     text = CHOOSE_MODEL.format(present)
     if wanted:
         text = NO_SUCH_MODEL.format(wanted, present, ", ".join(names))
-    return text, choices(conversation, "model", agent.models.offered[:MODELS_SHOWN], present)
+    return text, choices(conversation, "model", [*names.items()][:MODELS_SHOWN], present)
 
 
 ANSWERS = {"start": _show_help, "help": _show_help, "stop": _stop_sending, "status": _show_status, "get": _get_file,
@@ -1275,10 +1324,11 @@ class Conversation:
     def _conclude(self, turn, outcome):
         """Journal the answer, then send it part by part."""
         turn.end()
-        self.agent.known.charge(turn.answer.credits)
+        self.agent.known.credits = turn.answer.credits
+        self.agent.known.spent += turn.answer.credits or 0
         self.agent.let_go()                    # a stop may have left it; Telegram may keep us for hours
         seconds = time.monotonic() - turn.began
-        parts = turn.answer.parts(outcome, self.notes.take(), [self.agent.known.nearly_full()], seconds)
+        parts = turn.answer.parts(outcome, self.notes.take(), seconds)
         try:
             if turn.turn_id is None:
                 with self.lock:
@@ -1335,7 +1385,7 @@ def _do(conversation, argument):
         text = STOPPED + unsent
     except KiroFailure as failure:
         agent.let_go(at_once=True)
-        text = FAILED.format(failure, agent.advice(failure)) + unsent
+        text = FAILED.format(agent.explain(failure)) + unsent
     turn.end()
     if conversation.bot.places.in_demand():    # Telegram may keep us waiting now
         agent.let_go()
@@ -1347,9 +1397,10 @@ def _begin_new(conversation, message):
     said = _begin_session(conversation)
     if message and conversation.turn.phase is not Phase.STOPPING:
         _, message = words(conversation.turn.messages[0].message).split(maxsplit=1)
-        row = conversation.store.receive_own(*conversation.key, own_update(*conversation.key, message))
+        rest = Incoming(conversation.store.receive_own(*conversation.key, own_update(*conversation.key, message)))
+        rest.command = ""                      # whatever it looks like
         with conversation.lock:                # before what was written after it
-            conversation.waiting.appendleft(Incoming(row))
+            conversation.waiting.appendleft(rest)
     return said
 
 
@@ -1374,7 +1425,7 @@ def _choose_folder(conversation, wanted):
         is_name = "forum_topic_created" in conversation.turn.messages[0].message
         text = "" if is_name else f"⚠️ {FolderRefused(wanted, settings)}"
     elif not settings.allowed_folders:
-        text += NO_FOLDERS
+        text += f" {NO_FOLDERS}"
     return text, choices(conversation, "folder", folders.items(), record.workspace_path)
 
 
@@ -1383,7 +1434,7 @@ def _offered_folders(conversation):
     settings = conversation.bot.settings
     paths = {path for root in settings.allowed_folders for path in (root, *root.glob("[!.]*")) if is_allowed(path, settings)}
     shown = {str(path): str(path)[-60:] for path in sorted(paths)[:FOLDERS_SHOWN]}
-    return {conversation.agent.default_workspace(): OWN_FOLDER, **shown}
+    return {conversation.agent.default_workspace: OWN_FOLDER, **shown}
 
 
 def _choose_session(conversation, wanted):
@@ -1577,7 +1628,7 @@ class Turn:
         except KiroFailure as failure:
             if isinstance(failure, FolderRefused):             # where else?
                 conversation.bot.errand(conversation.key, conversation.bot.say_as, *conversation.key, "/folder")
-            return Outcome(FAILED.format(failure, self._agent.advice(failure)), offer=True)
+            return Outcome(FAILED.format(self._agent.explain(failure)), offer=True)
         except Exception as error:   # a bug: it must not cost what Kiro has said, nor the message
             if conversation.bot.closing.is_set() or isinstance(error, StoreError) and self.turn_id is None:
                 raise
@@ -2118,7 +2169,6 @@ def save(chunks: Iterator[bytes], workspace: str, name: str) -> str:
 # ======================================================================================================================
 
 SESSION_SECONDS = 90            # how long Kiro may take [acp 10], each but for silence: SILENCE_SECONDS if that is less
-MISSING_SECONDS = 10            # for the load of a session whose file is missing or empty; some versions never answer that
 MODEL_SECONDS = 5
 LOCK_SECONDS = 15               # for a lock to be freed
 LOCK_PAUSE = 0.5                # seconds between two looks at it
@@ -2128,25 +2178,16 @@ REPLAY_SECONDS = 1.0            # for what some agents replay after their respon
 QUIET_SECONDS = 0.03            # a replay is over when nothing came for this long
 FULL_CONTEXT = 80               # percent
 COMMANDS_SHOWN, COMMAND_WIDTH = 20, 100
-HISTORY_GONE = ("⚠️ Kiro no longer has this topic's session: its history is gone, a new one has begun. "
-                "The folder is as it was. (The old session: {})")
-NO_HISTORY = "ℹ️ This agent can't reload sessions: each message starts without the history."
 LIST_SECONDS = 5
 SESSIONS_SHOWN = 10
 FOLDERS_SHOWN = 24
 MODELS_SHOWN = 60               # buttons: Telegram takes 100, of 10 kB in all
 PATH_SHOWN = 200                # characters of one that was refused
 COPY_LIMIT = 256                # characters that a button can copy
-NOTHING_KEPT = "ℹ️ Kiro kept nothing of what was said here before, so it starts afresh. (The old session: {})"
-KIRO_LOGIN = "kiro-cli login --use-device-flow (or set KIRO_API_KEY)."
-NO_FOLDERS = " Whoever runs this bot can allow other folders with ALLOWED_FOLDERS."
 
 
 class KiroFailure(Exception):
     """Kiro could not do it; the text is for the user.  `again`: worth one more try with a fresh process."""
-
-    code = None                    # of a JSON-RPC error
-    ways = []                      # to log in, as the agent told them
 
     def __init__(self, text, again=False, said=""):
         super().__init__(text)
@@ -2155,20 +2196,14 @@ class KiroFailure(Exception):
 
 
 class KiroRefusal(KiroFailure):
-    """A JSON-RPC error; Kiro itself is well.
+    """A JSON-RPC error.  It says why in `data`, a string or an object; other agents in `message` [acp 3.4, 11]."""
 
-    It says why in `data`, a string or an object; other agents in `message` [acp 3.4, 11].
-    """
-
-    def __init__(self, error, agent=None):
-        if not isinstance(error, dict):
-            error = {"message": str(error)}
-        message, data = error.get("message"), error.get("data")
+    def __init__(self, error):
+        message, data = map(as_dict(error).get, ("message", "data"))
         texts = [message, data, *map(as_dict(data).get, ("details", "message", "error"))]
-        told = [text for text in texts if isinstance(text, str) and not SAYS_NOTHING.fullmatch(text)]
-        text = ": ".join(dict.fromkeys(told[:2])) or str(data or message or "an error without a text")
-        super().__init__(counted(text, ARGUMENT_LIMIT), said=str(error)[:QUESTION_LIMIT])
-        self.code, self.ways = error.get("code"), as_dict(agent).get("authMethods", [])
+        told = [text for text in texts if isinstance(text, str) and text.strip(" \n.").lower() not in ("", "internal error")]
+        text = ": ".join(dict.fromkeys(told[:2])) or str(data or error)
+        super().__init__(REFUSED.format(counted(text)), said=str(error)[:QUESTION_LIMIT])
         self.again = is_login(self)              # a warm process may have outlived its login
 
 
@@ -2176,9 +2211,8 @@ class FolderRefused(KiroFailure):
     """The topic can't work in that folder."""
 
     def __init__(self, path, settings):
-        allowed = ", ".join(map(str, settings.allowed_folders)) or f"none.{NO_FOLDERS}"
-        shown = one_line(path, PATH_SHOWN)
-        super().__init__(f"{shown} is missing, can't be read, or is not among the allowed folders: {allowed}")
+        allowed = ", ".join(map(str, settings.allowed_folders))
+        super().__init__(FOLDER_REFUSED.format(one_line(path, PATH_SHOWN), allowed or NO_FOLDERS))
 
 
 class NoPlace(Exception):
@@ -2219,19 +2253,19 @@ class Places:
         with self._lock:
             return self._in_order().index(conversation) if conversation in self._queue else None
 
-    def leave(self, conversation: Conversation) -> None:
+    def leave(self, conversation: Conversation):
         """Wait no longer; the others are a step further."""
         with self._lock:
             if self._queue.pop(conversation, None):
                 self._wake()
 
-    def give_back(self, conversation: Conversation) -> None:
+    def give_back(self, conversation: Conversation):
         """A process has gone."""
         with self._lock:
             self._held[conversation.key[0]] -= 1
-            self._wake(1)
+            self._wake()
 
-    def keep_warm(self, conversation: Conversation) -> None:
+    def keep_warm(self, conversation: Conversation):
         """Its process is not in use; it may be asked to give way."""
         with self._lock:
             if conversation not in self._warm:
@@ -2251,8 +2285,8 @@ class Places:
     def _in_order(self):
         return sorted(self._queue, key=lambda waiting: (self._held[waiting.key[0]], self._queue[waiting]))
 
-    def _wake(self, count=None):
-        for conversation in self._in_order()[:count]:
+    def _wake(self):
+        for conversation in self._queue:
             conversation.post("wake")
 
     def _ask_a_warm_one(self):
@@ -2264,54 +2298,37 @@ class Places:
 
 class Known:
     """What Kiro and its answers have told of the present session."""
-
-    def __init__(self):
-        self.context = None                    # percent used
-        self.credits = None                    # of the last turn
-        self.spent = 0.0                       # in all turns since the bot knows the session
-        self.title = ""                        # that Kiro gives the session
-        self.full_told = False                 # that the context is nearly used up
-        self.refusal = None                    # the words of the last turn's, without numbers
-
-    def charge(self, credits: Optional[float]) -> None:
-        """A turn has cost so much, if Kiro told."""
-        self.credits = credits
-        self.spent += credits or 0
-
-    def nearly_full(self) -> str:
-        """Return a remark when the context is nearly used up, once."""
-        if self.context is None or self.context < FULL_CONTEXT or self.full_told:
-            return ""
-        self.full_told = True
-        return f"ℹ️ {self.context:.0f} % of this session's context is used. /compact shortens it, /new starts afresh."
+    context = 0.0              # percent used
+    credits = None             # of the last turn
+    spent = 0.0                # in all turns since the bot knows the session
+    title = ""                 # that Kiro gives the session
+    refusal = None             # the words of the last turn's, without numbers
 
 
 class Agent:
     """A topic's hold on Kiro: the process for this or the next turn, with the topic's session and model, and those that are
-    still ending.
+    still ending.  On its conversation's thread only.
 
-    On its conversation's thread only.  Of the conversation it uses `wait`, `post`, `notes` and `turn`.
     While it waits, events are handled, and one of them may take a warm process away: `check_alive` finds that out.
     """
 
     def __init__(self, conversation):
         self._conversation, self._key = conversation, conversation.key
         self._settings, self._store, self._places = conversation.bot.settings, conversation.store, conversation.bot.places
-        self.kiro: Optional[Kiro] = None
+        self.default_workspace = "{}/{}/{}".format(self._settings.workspaces, *self._key)      # what a new thread gets
+        self.kiro = None
         self.former = set()                     # those that are still ending: they may hold the session's lock
-        self.models: Optional[Models] = None    # what Kiro told last; replaced as a whole, so any thread may read it
+        self.models = Models()                  # what Kiro told last; replaced as a whole, so any thread may read it
         self.commands = []                      # a line for each of Kiro's own; replaced as a whole
         self.known = Known()
+        self._ways = []                         # to log in, as the agent told them
         self._refused = {}                      # by session and words: since when it is refused so
 
     # -- the process ---------------------------------------------------------------------------------------------------
 
     def ready(self) -> Kiro:
-        """Return a process with the thread's session loaded and its model set; each step is done once.
-
-        Raises KiroFailure, Stopped, Closing, and NoPlace when there is no turn that could wait for a place.  Whoever catches
-        one of these has to let the process go: it may be in the middle of something.
-        """
+        """Return a process with the thread's session loaded and its model set; each step is done once.  Raises KiroFailure,
+        Stopped, Closing, and NoPlace when there is no turn that could wait for a place: then the process has to be let go."""
         kiro = self.started()
         if not kiro.session_id:
             kiro = self._open_session(kiro)
@@ -2327,14 +2344,9 @@ class Agent:
             self._new_session(kiro)
         else:
             self.await_former()
-            facts = self._store.get_facts(session.session_id)
-            self._store.set_facts(session.session_id, *facts)      # or a new row would say that no turn of it has ended
-            if not self._load_session(kiro, session.session_id, facts):
-                raise KiroFailure("Kiro no longer opens that session, so this topic stays in its own.")
-        try:
-            self._apply_model(kiro)
-        except Stopped:                   # too late: the session is the thread's
-            pass
+            self._store.set_facts(session.session_id)      # or a new row would say that no turn of it has ended
+            if not self._load_session(kiro, session.session_id):
+                raise KiroFailure(SESSION_REFUSED)
         return kiro
 
     def started(self, folder: str = "") -> Kiro:
@@ -2345,31 +2357,28 @@ class Agent:
         kiro = self.kiro
         if kiro.agent is None:
             kiro.agent = self.request(kiro, "initialize", INITIALIZE, self._settings.start_seconds)
+            self._ways = kiro.agent.get("authMethods", [])
         return kiro
 
     def start_line(self) -> str:
         """Return what the start of a process waits for: a place, or what it says on stderr when it takes long."""
         kiro, ahead = self.kiro, self._places.ahead(self._conversation)
         if ahead is not None:
-            return f"Waiting for a free place, {ahead} ahead…" if ahead else "Waiting for a free place…"
+            return WAITING.format(ahead)
         if kiro is None or kiro.agent is not None or time.monotonic() < kiro.heard_at + SLOW_START_SECONDS:
             return ""
         return kiro.stderr.strip().rpartition("\n")[2]
 
     def _start(self, folder):
-        """Start a process as soon as there is a place for it; wait for a Kiro that is just being replaced by another version.
-
-        Raises KiroFailure, Stopped, Closing, NoPlace.
-        """
+        """Start a process as soon as there is a place for it; wait for a program that is just being replaced."""
         conversation, workspace, limit = self._conversation, self.workspace(folder), time.monotonic() + REPLACED_SECONDS
         while self.kiro is None:
             self._take_place()
             try:
                 self.kiro = Kiro(conversation, workspace)
             except OSError as error:
-                if error.errno not in REPLACED or time.monotonic() > limit:
-                    raise KiroFailure(f"Kiro could not be started: {error.strerror} ({self._settings.kiro_command[0]}). "
-                                      "Check KIRO_COMMAND on the server.") from error
+                if time.monotonic() > limit:
+                    raise KiroFailure(NO_START.format(self._settings.kiro_command[0], error.strerror)) from error
                 conversation.wait(time.monotonic() + 0.2)
             finally:
                 if self.kiro is None:
@@ -2388,12 +2397,12 @@ class Agent:
         finally:
             self._places.leave(conversation)
 
-    def take_back(self) -> None:
+    def take_back(self):
         """Use the warm process again, unless it has been asked to give way."""
         if not self._places.claim(self._conversation):
             self.let_go()
 
-    def let_go(self, at_once: bool = False) -> None:
+    def let_go(self, at_once: bool = False):
         """Let go of the process: it ends by itself, or is ended by its keeper."""
         kiro, self.kiro = self.kiro, None
         if kiro is None:
@@ -2403,19 +2412,16 @@ class Agent:
             self.former.add(kiro)
         kiro.end(patience=0 if at_once or kiro.agent is None else END_SECONDS)     # one that still starts holds no lock
 
-    def await_former(self) -> None:
+    def await_former(self):
         """Wait until no former process holds the session's lock; their keepers see to it."""
         limit = time.monotonic() + END_SECONDS + 2 * TERM_SECONDS + LOCK_SECONDS
         while self.former:
             if time.monotonic() > limit:
-                raise KiroFailure("The former Kiro process does not end. Ask whoever runs this bot to look at it.")
+                raise KiroFailure(NO_END)
             self._conversation.wait(limit)
 
     def request(self, kiro: Kiro, method: str, params: dict, seconds: float) -> dict:
-        """The one way to ask Kiro something: return the result.
-
-        Raises KiroFailure, and Stopped; NoPlace when the process was given away meanwhile.
-        """
+        """The one way to ask Kiro something: return the result.  Raises KiroFailure, Stopped, NoPlace."""
         if kiro.agent:                         # else it may wait in a cluster's queue
             seconds = min(seconds, self._settings.silence_seconds)
         request_id, asked_at = kiro.request(method, params), time.monotonic()
@@ -2423,49 +2429,41 @@ class Agent:
             self.check_alive(kiro)
             limit = min(max(kiro.heard_at, asked_at) + seconds, asked_at + REQUEST_PATIENCE * seconds)
             if time.monotonic() >= limit:
-                raise KiroFailure(f"Kiro did not answer {method} within {seconds:.0f} s.", again=True)
+                raise KiroFailure(NO_ANSWER.format(method, seconds), again=True)
             self._conversation.wait(min(limit, time.monotonic() + 1))
         return kiro.result(request_id)
 
-    def check_alive(self, kiro: Kiro) -> None:
+    def check_alive(self, kiro: Kiro):
         """Raise if the process can't answer any more: given away, gone, or deaf."""
         if kiro is not self.kiro:
             raise NoPlace
         if kiro.exit_noticed:
             raise kiro.failure()
         if kiro.agent and kiro.heard_at < kiro.wrote_at < time.monotonic() - DEAF_SECONDS and kiro.is_deaf():
-            raise KiroFailure(f"Kiro does not read what it is sent (for {DEAF_SECONDS} s).", again=True)
+            raise KiroFailure(DEAF, again=True)
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
-    def default_workspace(self) -> str:
-        """Return the folder that a new thread gets: {WORKSPACE_BASE_PATH}/{user}/{thread}."""
-        return "{}/{}/{}".format(self._settings.workspaces, *self._key)
-
     def record(self) -> SessionRecord:
         """Return the thread's row, or what it would be."""
-        return self._store.get_session(*self._key) or SessionRecord(*self._key, "", self.default_workspace())
+        return self._store.get_session(*self._key) or SessionRecord(*self._key, "", self.default_workspace)
 
     def workspace(self, chosen: str = "") -> str:
         """Return the folder in which the thread works, or is to work.  Its default one is made when it is missing, and if it is
         there takes the place of a former default one, as when the bot's folder has moved.  Raises KiroFailure."""
-        record, default = self.record(), self.default_workspace()
+        record, default = self.record(), self.default_workspace
         path = chosen or record.workspace_path
         if not path.endswith("/{}/{}".format(*self._key)):
             if not is_allowed(path, self._settings):
                 raise FolderRefused(path, self._settings)
         elif os.path.isdir(default) and not os.path.isdir(path):
             path = default
-            if not chosen:
-                self._store.upsert_session(*self._key, record.session_id, path, keep_model=True)
         try:
             if path == default:
                 os.makedirs(path, mode=0o700, exist_ok=True)
+            return os.path.realpath(path, strict=True)
         except OSError as error:
-            raise KiroFailure(f"The folder {path} can't be made: {error.strerror}.") from error
-        if not os.path.isdir(path):
-            raise KiroFailure(f"The folder {path} is no longer there.")
-        return os.path.realpath(path)
+            raise KiroFailure(FOLDER_GONE.format(path, error.strerror)) from error
 
     def _open_session(self, kiro):
         """Load the thread's session, or make one; return the process that has it, another one when the session is lost."""
@@ -2474,7 +2472,7 @@ class Agent:
         if record and kiro.can("loadSession"):
             self.await_former()               # it has the lock, and may still be writing; so may an orphan
             if facts.ended or not is_empty(record.session_id) or lock_pid(record.session_id) is not None:
-                if self._load_session(kiro, record.session_id, facts):
+                if self._load_session(kiro, record.session_id):
                     return kiro
                 self.let_go(at_once=True)
                 kiro, note = self.started(), NOTHING_KEPT if is_empty(record.session_id) else HISTORY_GONE
@@ -2487,18 +2485,15 @@ class Agent:
     def _new_session(self, kiro):
         """Make a session for this thread; the chosen model stays."""
         result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
-        if not result.get("sessionId"):
-            raise KiroFailure("Kiro made no session: its answer to session/new has no sessionId.")
         self._opened(kiro, result["sessionId"], result)
 
-    def _load_session(self, kiro, session_id, facts):
+    def _load_session(self, kiro, session_id):
         """Load the session, dealing with its lock; what Kiro replays is dropped at the door [acp 3.3].  False: it is lost."""
-        params = {"sessionId": session_id, "cwd": kiro.workspace, "mcpServers": []}
+        params, facts = {"sessionId": session_id, "cwd": kiro.workspace, "mcpServers": []}, self._store.get_facts(session_id)
         limit, missing, result = time.monotonic() + LOCK_SECONDS, has_vanished(session_id, facts), None
-        seconds = MISSING_SECONDS if missing or is_empty(session_id) else SESSION_SECONDS
         while result is None:
             try:
-                result = self.request(kiro, "session/load", params, seconds)
+                result = self.request(kiro, "session/load", params, SESSION_SECONDS)
             except KiroFailure as failure:
                 since = self._refused.setdefault((session_id, _same_words(failure.said)), time.monotonic())
                 locked = LOCKED.search(failure.said)
@@ -2525,14 +2520,11 @@ class Agent:
         end_orphans(self._settings.folder)
         if not is_ours(pid):
             if runs_as_kiro(pid, self._settings):
-                raise KiroFailure(f"This topic's session is open in another program (process {pid}). "
-                                  "Close it there, then ask again.")
+                raise KiroFailure(OPEN_ELSEWHERE.format(pid))
             if self._store.get_note(LOCKS_BY_PID):
                 remove_lock(session_id, pid)
         if time.monotonic() > limit:
-            raise KiroFailure(f"The session is still locked by process {pid}. Try again in a minute. If nothing uses it any "
-                              f"more, remove {session_file(session_id, 'lock')} on the server, or begin another session "
-                              "with /new.")
+            raise KiroFailure(STILL_LOCKED.format(pid, session_file(session_id, "lock")))
         self._conversation.wait(time.monotonic() + LOCK_PAUSE)
 
     def _let_replay_end(self, kiro):
@@ -2542,29 +2534,26 @@ class Agent:
             self._conversation.wait(until)
 
     def _opened(self, kiro, session_id, result):
-        """Note what a session/new or session/load has told; the session is the thread's from now on, if it was not before.
-
-        And whether the lock that Kiro has just taken names its process: only then do the pids in locks mean something here.
-        """
-        if session_id != self.record().session_id:
+        """Note what a session/new or session/load has told; from now on the session is the thread's.  And whether the lock that
+        Kiro has just taken names its process: only then do the pids in locks mean something here."""
+        record = self.record()
+        if (record.session_id, record.workspace_path) != (session_id, kiro.workspace):
             self._store.upsert_session(*self._key, session_id, kiro.workspace, keep_model=True)
             self.known = Known()
         self._refused.clear()
         kiro.session_id, pid, models = session_id, lock_pid(session_id), _models_of(result)
-        if models:
+        if models.offered:
             self.models, kiro.model = models, models.current
-        if pid is not None:
-            kiro.lock_pid = pid if kiro.owns(pid) else None
-            self._store.set_note(LOCKS_BY_PID, "yes" if kiro.lock_pid else "")
+        self._store.set_note(LOCKS_BY_PID, "yes" if pid and kiro.owns(pid) else "")
 
     def _apply_model(self, kiro):
         """Make Kiro use the model that somebody chose for this thread; where nobody did, it is told nothing."""
         wanted, models, notes = self._store.chosen_model(*self._key), self.models, self._conversation.notes
-        if models is None or wanted in (None, kiro.model):
+        if not models.offered or wanted in (None, kiro.model):
             return
-        if wanted not in self.model_names():
+        if wanted not in models.offered:
             self._store.set_model(*self._key, "auto", is_chosen=False)
-            return notes.add(f"ℹ️ The model {wanted} is no longer offered; this topic is back to Kiro's own choice.")
+            return notes.add(MODEL_GONE.format(wanted))
         method, params = "session/set_model", {"modelId": wanted}
         if models.config_id is not None:
             method, params = "session/set_config_option", {"configId": models.config_id, "value": wanted}
@@ -2574,33 +2563,35 @@ class Agent:
         except KiroFailure as failure:
             if kiro.exit_noticed:
                 raise
-            notes.add(f"⚠️ The model may not be {wanted}: {failure}")
+            notes.add(MODEL_REFUSED.format(wanted, failure))
 
     def model(self) -> str:
         """Return the thread's model: the one that was chosen, else what Kiro reported last."""
-        return self._store.chosen_model(*self._key) or self.models and self.models.current or "auto"
-
-    def model_names(self) -> list[str]:
-        """Return the ids of the models that Kiro reported last."""
-        return [name for name, _ in self.models.offered] if self.models else []
+        wanted, models = self._store.chosen_model(*self._key), self.models
+        is_there = wanted in models.offered or not models.offered
+        return is_there and wanted or models.current or "auto"
 
     # -- what is known of the session ----------------------------------------------------------------------------------
 
-    def hear(self, kiro: Kiro, method: str, params: dict) -> None:
+    def hear(self, kiro: Kiro, method: str, params: dict):
         """Take in what a notification says about the session [acp 3.8, 11]."""
-        name, update, status = method.partition("/")[2], params.get("update", {}), params.get("status")
+        name, update = method.partition("/")[2], params.get("update", {})
         used, size = finite(update.get("used")), finite(update.get("size"))
         percent = finite(params.get("contextUsagePercentage"))
         if used and size:
             percent = 100 * used / size
         if percent is not None:
+            if self.known.context < FULL_CONTEXT <= percent:
+                self._conversation.notes.add(NEARLY_FULL.format(percent))
             self.known.context = percent
         if commands := params.get("commands") or update.get("availableCommands"):
-            self.commands = _command_lines(commands)
+            self.commands = [
+                f"/{str(command.get('name')).lstrip('/')} – {one_line(str(command.get('description') or ''), COMMAND_WIDTH)}"
+                for command in map(as_dict, as_list(commands)[:COMMANDS_SHOWN]) if "name" in command]
         if update.get("sessionUpdate") == "session_info_update":
             self.known.title = update.get("title") or self.known.title
-        if name == "clear/status" or name == "compaction/status" and as_dict(status).get("type", status) == "completed":
-            self.known.full_told = kiro.is_told = False
+        if name in ("clear/status", "compaction/status"):
+            self.known.context, kiro.is_told = 0.0, False
             self._note_facts(kiro, taught=False)
 
     def lesson(self, wanted: bool) -> list[dict]:
@@ -2608,57 +2599,46 @@ class Agent:
         self.kiro.is_told = wanted and not self._store.get_facts(self.kiro.session_id).taught
         return [{"type": "text", "text": LESSON}] if self.kiro.is_told else []
 
-    def turn_ended(self, kiro: Kiro, properly: bool) -> None:
+    def turn_ended(self, kiro: Kiro, properly: bool):
         """A turn of the session has ended, by itself or not: it has a history, and may know the tags now."""
         self.known.refusal = None
-        self._note_facts(kiro, taught=kiro.is_told and properly or None)
+        self._note_facts(kiro, **({"taught": True} if kiro.is_told and properly else {}))
 
-    def _note_facts(self, kiro, taught):
-        """Note that the session has a history, and whether Kiro knows the tags, unless None; no reason to lose an answer."""
+    def _note_facts(self, kiro, **facts):
+        """Note what is known of the session now; no reason to lose an answer."""
         session_id = kiro.session_id
-        try:
-            if session_id:
-                known = self._store.get_facts(session_id).taught if taught is None else taught
-                self._store.set_facts(session_id, ended=True, taught=known, in_sight=is_in_sight(session_id))
-        except StoreError as error:
-            log.error("What is known of a session can't be noted: %s", error)
+        if session_id:
+            self._conversation.bot.attempt(
+                lambda: self._store.set_facts(session_id, ended=True, in_sight=is_in_sight(session_id), **facts))
 
-    def advice(self, failure: KiroFailure) -> str:
-        """Return what to do about it, when there is something more to say than to ask again."""
+    def explain(self, failure: KiroFailure) -> str:
+        """Return what to say of it: what has happened, what to do about it, and then the technical words."""
+        what, _, technical = str(failure).partition("\n")
+        return "\n".join(filter(None, [what, self._advice(failure), technical]))
+
+    def _advice(self, failure):
         if is_login(failure):
-            return _login_advice(failure, self._settings)
-        if not isinstance(failure, KiroRefusal) or PASSING.search(failure.said):
-            return ""
+            ways = [str(way["description"]) for way in map(as_dict, self._ways) if "description" in way]
+            return LOG_IN.format(KIRO_LOGIN if is_kiro(self._settings) or not ways else "; ".join(ways))
+        if not isinstance(failure, KiroRefusal):
+            return TRY_AGAIN if failure.again else ""
+        if PASSING.search(failure.said):
+            return WAIT_A_LITTLE
         before, self.known.refusal = self.known.refusal, _same_words(str(failure))
-        if before == self.known.refusal:
-            return "\nThis session refuses every message in the same way. /new starts a fresh one, /compact may help too."
-        return ""
-
-
-def _login_advice(failure, settings):
-    """Return how to log in, in the agent's own words where it is not Kiro."""
-    ways = [str(way["description"]) for way in map(as_dict, failure.ways) if "description" in way]
-    if is_kiro(settings):
-        ways = [KIRO_LOGIN]
-    elif not ways:
-        ways = [KIRO_LOGIN, "as the documentation says, if the agent is another."]
-    return "\nOn the server, as the bot's user: " + "\nor: ".join(ways)
+        return REFUSES_ALL if before == self.known.refusal else ""
 
 
 def _is_lost(session_id, facts, failure, since):
-    """Decide whether Kiro does not have the session any more; a passing trouble must not throw one away.
-
-    Kiro has no clean error for it [acp 3.3]: when the answer does not say so, the session's files do, or that another process
-    refused it in the same words some seconds ago: `since` when they are heard.
-    """
+    """Decide whether Kiro does not have the session any more; a passing trouble must not throw one away.  There is no clean
+    error for it [acp 3.3]: the answer says so, or the session's files do, or another process refused it in the same words
+    some seconds ago (`since` when they are heard)."""
     if is_login(failure) or PASSING.search(failure.said):
         return False
     if is_empty(session_id) or has_vanished(session_id, facts):
         return True
     if not isinstance(failure, KiroRefusal) or facts.ended and is_in_sight(session_id):
         return False
-    is_told = failure.code == RESOURCE_NOT_FOUND or LOST.search(failure.said)
-    return is_told or not facts.ended or time.monotonic() - since > REFUSED_AGAIN_SECONDS
+    return LOST.search(failure.said) or not facts.ended or time.monotonic() - since > REFUSED_AGAIN_SECONDS
 
 
 def _same_words(text):
@@ -2667,24 +2647,18 @@ def _same_words(text):
 
 
 def _models_of(result):
-    """Return the models of a session/new or session/load result, in either dialect [acp 8, 11], or None."""
+    """Return the models of a session/new or session/load result, in either dialect [acp 8, 11]."""
     models = result.get("models", {})
     plain = {"category": "model", "options": models.get("availableModels"), "currentValue": models.get("currentModelId")}
     for option in map(as_dict, [plain, *result.get("configOptions", ())]):
-        offered = []
+        offered = {}
         for group in map(as_dict, as_list(option.get("options"))):
             for choice in map(as_dict, as_list(group.get("options", [group]))):      # or no group, but a choice itself
                 if model := choice.get("modelId", choice.get("value")):
-                    offered.append((str(model), str(choice.get("name") or model)))
+                    offered[str(model)] = str(choice.get("name") or model)
         if offered and option.get("category") == "model":
             return Models(offered, str(option.get("currentValue") or ""), option.get("id"))
-    return None
-
-
-def _command_lines(commands):
-    """Return a line for each of an agent's commands: its name and what it does."""
-    return [f"/{str(command.get('name')).lstrip('/')} – {one_line(str(command.get('description') or ''), COMMAND_WIDTH)}"
-            for command in map(as_dict, as_list(commands)[:COMMANDS_SHOWN]) if "name" in command]
+    return Models()
 
 
 # -- where a topic may work, and what it may go on with ---------------------------------------------------------------
@@ -2732,50 +2706,46 @@ INITIALIZE = {"protocolVersion": 1, "clientInfo": {"name": "tg-acp", "version": 
                                      "elicitation": {"form": {}, "url": {}}}}
 LINE_AT_MOST = 32 * 1024 * 1024
 STDERR_KEPT = 4000              # characters
-ERROR = re.compile("error", re.I)
 STDERR_LINE_AT_MOST = 200       # of which the last two are told, each cut to so many characters
-REPLACED_SECONDS = 3            # for a program that is being replaced to be there again
-REPLACED = (errno.ENOENT, errno.EACCES, errno.ETXTBSY)
+REPLACED_SECONDS = 3            # for a program that is being replaced, or kept from starting otherwise, to be there again
 END_SECONDS = 5                 # from the end of stdin to TERM [acp 10]
 TERM_SECONDS = 2                # from TERM to KILL
 GLANCE_SECONDS, AT_EXIT_SECONDS = 0.5, 0.01     # how often to look whether it has exited: with, and without its stdout
 WRITABLE = select.EPOLLOUT | select.EPOLLET     # told once, and once more after each `modify`
 LOCKS_BY_PID = "Kiro's locks name processes that can be seen from here"
 NO_SIGN = re.compile(r".{0,3}|-.*|proc|python[\d.]*")      # words of KIRO_COMMAND by which Kiro is not known
-FOLDER_MARK, OWNER_MARK, PROCESS_MARK = "TG_ACP_BOT", "TG_ACP_OWNER", "TG_ACP_PROCESS"   # in our children's environment
-NOT_LOGGED_IN = re.compile(r"not\s+logged\s+in|authentication required|unauthori[sz]ed|ExpiredToken|InvalidGrant|TokenExpired|"
-                           r"AccessDenied", re.I)
-PASSING = re.compile(r"throttl|too ?many ?requests|usage limit|timed out|rate.?limit|overloaded|high demand|quota|billing|"
-                     r"\b(429|50\d)\b", re.I)     # another session would not help [acp 4.5, 11]
+MARK = "TG_ACP_BOT"              # in our children's environment: whose process it is, its own mark, and the bot's folder
+MARKED = re.compile(rf"{MARK}=(\S+) (\S+) ([^\0]*)")
+NOT_LOGGED_IN = re.compile(r"(?i)not\s+logged\s+in|authentication required|unauthori[sz]ed|ExpiredToken|InvalidGrant|"
+                           r"TokenExpired|AccessDenied|'code': -32000\b")
+PASSING = re.compile(r"(?i)throttl|too ?many ?requests|usage limit|timed out|rate.?limit|overloaded|high demand|quota|billing|"
+                     r"\b(429|50\d)\b")           # another session would not help [acp 4.5, 11]
 LOCKED = re.compile(r"active in another process \(PID (\d+)\)")
-LOST = re.compile(r"session[^:;,]{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
+LOST = re.compile(r"(?is)session[^:;,]{0,80}(not found|does ?n.t exist|does not exist|unknown|no such|not exist)|"
                   r"(unknown|no such|invalid|missing) session|no session (with|by|for|of|named)|resource.not.found|"
-                  r"no rollout found|thread not found",
-                  re.I | re.S)
-LOGIN_REQUIRED, RESOURCE_NOT_FOUND = -32000, -32002
+                  r"no rollout found|thread not found|'code': -32002\b")
 REFUSED_AGAIN_SECONDS = 3       # between two refusals in the same words that count as two
-SAYS_NOTHING = re.compile(r"\s*|internal error\.?", re.I)
-FRAME = {"method": str,
-         "params": {"update": {"sessionUpdate": str, "toolCallId": str, "title": str, "kind": str, "status": str}},
-         "result": {"sessionId": str, "stopReason": str, "agentInfo": {}, "authMethods": list, "sessions": list,
-                   "models": {"availableModels": list}, "configOptions": list,
+FRAME = {"method": "",
+         "params": {"update": {"sessionUpdate": "", "toolCallId": "", "title": "", "kind": "", "status": ""}},
+         "result": {"sessionId": "", "stopReason": "", "agentInfo": {}, "authMethods": [], "sessions": [],
+                    "models": {"availableModels": []}, "configOptions": [],
                     "agentCapabilities": {"promptCapabilities": {}, "sessionCapabilities": {}}}}
 
 
 class Models(NamedTuple):
     """The models that Kiro reports for a session."""
-    offered: list[tuple[str, str]]      # (id, label)
-    current: str                        # id
-    config_id: Optional[str]            # of session/set_config_option; None: session/set_model
+    offered: dict[str, str] = {}        # labels by id
+    current: str = ""                   # id
+    config_id: Optional[str] = None     # of session/set_config_option; None: session/set_model
 
 
 class Process:
     """A child process and whatever that starts.  One thread, the keeper, does all that is to be done for them: it writes what
     is sent, hands lines to `_take`, keeps the end of stderr, and sees them to their end, which it tells by `_part`."""
 
-    def __init__(self, mark, command, **how):
+    def __init__(self, settings, command, folder):
         """Start it.  Raises OSError."""
-        self.mark = mark                         # in its environment
+        self.mark = secrets.token_hex(6)         # in its environment
         self.wrote_at = time.monotonic()
         self.gone = threading.Event()            # the process and all it left behind have ended
         self.trouble = ""                        # why it had to be ended
@@ -2786,8 +2756,9 @@ class Process:
         self._end_at = math.inf                  # when it is ended; 0: it has ended by itself
         self._epoll = select.epoll()
         self._work = {}                          # by descriptor: the method to call when that is ready
-        self._popen = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, bufsize=0, **how)
+        self._popen = subprocess.Popen(command, cwd=folder, umask=settings.umask, env=_child_environment(settings, self.mark),
+                                       start_new_session=True, bufsize=0,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.pid = self._popen.pid
         try:
             threading.Thread(target=self._keep, name=f"keeper of {self.pid}", daemon=True).start()
@@ -2795,7 +2766,7 @@ class Process:
             self._bury()
             raise OSError(0, str(error)) from error
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes):
         """Have this written."""
         self._outgoing += data
         try:
@@ -2803,7 +2774,7 @@ class Process:
         except (OSError, ValueError):            # closed, or not registered yet
             pass
 
-    def end(self, patience: float = math.inf) -> None:
+    def end(self, patience: float = math.inf):
         """Close stdin, which is the clean way [acp 4.1]; TERM after `patience` seconds, then KILL."""
         self._end_at = min(self._end_at, time.monotonic() + patience)
         self._stdin_ends = True
@@ -2816,14 +2787,14 @@ class Process:
         except (OSError, ValueError):    # closed
             return False
 
-    def how_it_ended(self) -> str:
+    def _how_it_ended(self):
         """Return the exit status, and the end of stderr."""
         if self.trouble:
             return self.trouble
         code = self._popen.returncode
         name = f"exit status {code}" if code >= 0 else f"signal {-code}"
         said = [line.strip()[:STDERR_LINE_AT_MOST] for line in self.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if ERROR.search(line)]       # the last may stand above the usage
+        errors = [line for line in said if "error" in line.lower()]       # the last may stand above the usage
         told = dict.fromkeys(errors[-1:] + said[-2:])
         return f"{name}: {'; '.join(told)}" if told else name
 
@@ -2882,7 +2853,7 @@ class Process:
             for line in lines:
                 self._take(line)
         if len(self._line) > LINE_AT_MOST:
-            self.trouble = f"Kiro sent a line of more than {LINE_AT_MOST >> 20} MB"
+            self.trouble = f"a line of more than {LINE_AT_MOST >> 20} MB"
         if not data or self.trouble:
             self._close(self._popen.stdout)
             self.end(patience=0.5)
@@ -2890,13 +2861,15 @@ class Process:
     def _drain(self):
         data = self._popen.stderr.read(65536)
         self.stderr = (self.stderr + data.decode(errors="replace"))[-STDERR_KEPT:]
-        log.debug("Process %s says: %.500r", self.pid, data)
         if not data:
             self._close(self._popen.stderr)
 
     def owns(self, pid: int) -> bool:
         """Is that process this one, or of those that it has started?  kiro-cli does not pass signals on [acp 4.2]."""
-        return belongs(pid, self.mark, self.pid)
+        try:                                     # looked at for every process of the machine, several times a turn
+            return os.getpgid(pid) == self.pid or _marks(pid)[1] == self.mark
+        except ProcessLookupError:
+            return False
 
     def _bury(self):
         """Leave nothing: no process, no descriptor."""
@@ -2910,11 +2883,11 @@ class Process:
 class Transcriber(Process):
     """The owner's command, which prints what is said in a recording."""
 
-    def __init__(self, conversation: Conversation, path: str, workspace: str) -> None:
+    def __init__(self, conversation: Conversation, path: str, workspace: str):
         """Start it.  Raises OSError, ValueError."""
         self._conversation, self._said = conversation, b""
-        settings, mark = conversation.bot.settings, secrets.token_hex(6)
-        super().__init__(mark, [*settings.transcribe_command, path], cwd=workspace, env=child_environment(settings, mark))
+        settings = conversation.bot.settings
+        super().__init__(settings, [*settings.transcribe_command, path], workspace)
         self.end(patience=TRANSCRIBE_SECONDS)
 
     def text(self) -> str:
@@ -2926,7 +2899,7 @@ class Transcriber(Process):
             self.end(patience=0)
         text = self._said.decode(errors="replace").strip()
         if self._popen.returncode or not text:
-            raise ValueError(f"no text within {TRANSCRIBE_SECONDS} s: {self.how_it_ended()}")
+            raise ValueError(f"no text within {TRANSCRIBE_SECONDS} s: {self._how_it_ended()}")
         return text
 
     def _take(self, line):
@@ -2939,14 +2912,16 @@ class Transcriber(Process):
         self._conversation.post("wake")
 
 
-def end_processes(are_meant: Callable[[int], bool], seconds: float, wait: Callable[[float], Any] = time.sleep) -> None:
+def end_processes(are_meant: Callable[[int], bool], seconds: float, wait: Callable[[float], Any] = time.sleep):
     """TERM for all processes that are meant, and for those that do not end within so many seconds KILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        told: set[int] = set()
+        told = set()
         limit = time.monotonic() + seconds
-        while (found := _running(are_meant)) and time.monotonic() < limit:
+        while found := _running(are_meant):    # a look may take longer than there is time
             for pid in found - told:
                 _kill(pid, number)
+            if time.monotonic() >= limit:
+                break
             told |= found
             wait(0.02)
 
@@ -2970,7 +2945,7 @@ class Kiro(Process):
         self._conversation = conversation
         self.workspace = workspace
         self.heard_at = time.monotonic()
-        self.agent: Optional[dict] = None        # its answer to initialize
+        self.agent = None                        # its answer to initialize
         self.session_id = ""                     # once it is loaded
         self.model = ""                          # that it uses, as far as is known
         self.is_told = False                     # of the bot's tags, by this prompt
@@ -2979,14 +2954,12 @@ class Kiro(Process):
         self.responses = {}                      # by request id
         self.open_prompt = 0                     # the id of the prompt that has no response yet
         self.replayed_before_response = False
-        self.lock_pid = None                     # of its processes, the one that its session's lock names
         self._last_id = 0
-        bot, mark = conversation.bot, secrets.token_hex(6)
+        bot = conversation.bot
         with bot.spawning:
             if bot.closing.is_set():
                 raise Closing
-            super().__init__(mark, bot.settings.kiro_command, cwd=workspace, umask=bot.settings.umask,
-                             env=child_environment(bot.settings, mark))
+            super().__init__(bot.settings, bot.settings.kiro_command, workspace)
             bot.processes.add(self)
 
     # -- to Kiro: nothing here waits, the keeper does ------------------------------------------------------------------
@@ -3006,14 +2979,14 @@ class Kiro(Process):
         """Return the result that has come for a request.  Raises KiroRefusal."""
         frame = self.responses.pop(request_id)
         if "error" in frame:
-            raise KiroRefusal(frame["error"], self.agent)
+            raise KiroRefusal(frame["error"])
         return frame.get("result", {})
 
-    def respond(self, request_id: Any, result: dict) -> None:
+    def respond(self, request_id: Any, result: dict):
         """Answer a request of Kiro's."""
         self._send({"id": request_id, "result": result})
 
-    def cancel(self) -> None:
+    def cancel(self):
         """Ask Kiro to end the turn, if there is one."""
         if self.open_prompt:
             self._send({"method": "session/cancel", "params": {"sessionId": self.session_id}})
@@ -3029,35 +3002,27 @@ class Kiro(Process):
         return bool(able.get(what) or able.get("promptCapabilities", {}).get(what))
 
     def _take(self, line):
-        """Pass one frame on: a response, a request, a notification, or junk [acp 2]."""
+        """Pass one frame on: a response, a request, a notification, or junk [acp 2].  Only what was agreed on may be asked."""
         try:
-            frame = json.loads(line)
+            frame = as_dict(json.loads(line))
         except (ValueError, RecursionError):     # maybe its last words
             self.stderr += line[:STDERR_LINE_AT_MOST].decode(errors="replace") + "\n"
-            return log.debug("Not JSON from Kiro %s: %.200r", self.pid, line)
-        if not isinstance(frame, dict):
             return
         self.heard_at = time.monotonic()
         _shape(frame, FRAME)
         method, params, number = frame.get("method"), frame.get("params", {}), frame.get("id")
         if method is None:
-            if type(number) is int and number <= self._last_id:
+            if type(number) is int:
                 if number == self.open_prompt:
                     self.open_prompt = 0
                 self._conversation.post("response", self, frame)
-        elif "id" in frame:
-            self._take_request(number, method, params)
-        elif self._is_of_interest(method, params):
-            self._conversation.post("notification", self, method, params)
-
-    def _take_request(self, request_id, method, params):
-        """Questions are asked in turns only; nothing else was agreed on."""
-        if method not in QUESTIONS:
-            self._send({"id": request_id, "error": {"code": -32601, "message": f"Method not found: {method}"}})
-        elif self.open_prompt:
-            self._conversation.post("question", self, method, request_id, params)
+        elif "id" not in frame:
+            if self._is_of_interest(method, params):
+                self._conversation.post("notification", self, method, params)
+        elif method in QUESTIONS:
+            self._conversation.post("question", self, method, number, params)
         else:
-            self.respond(request_id, QUESTIONS[method][1])
+            self._send({"id": number, "error": {"code": -32601, "message": f"Method not found: {method}"}})
 
     def _is_of_interest(self, method, params):
         """What is said outside a turn is replay, and so is dropped here; extensions may come at any time."""
@@ -3068,40 +3033,35 @@ class Kiro(Process):
         return mine and method == "session/update" and (self.open_prompt or kind == "available_commands_update")
 
     def failure(self) -> KiroFailure:
-        """Return the failure to raise when the process has gone.  Wrong usage and login are not worth a second try."""
-        failure = KiroFailure(f"Kiro has exited ({self.how_it_ended()}).", said=self.stderr)
-        failure.again = not (self._popen.returncode == 2 or is_login(failure) or self.trouble)
-        return failure
+        """Return the failure to raise when the process has gone.  Wrong usage is not worth a second try."""
+        again = self._popen.returncode != 2 and not self.trouble
+        return KiroFailure(EXITED.format(self._how_it_ended()), again, said=self.stderr)
 
     def _part(self):
         bot = self._conversation.bot
         bot.places.give_back(self._conversation)
-        if self.lock_pid is not None:
-            remove_lock(self.session_id, self.lock_pid)
         self._conversation.post("exit", self)
         with bot.spawning:                       # it may not be listed yet
             bot.processes.discard(self)
 
 
-def _shape(value, shapes):
-    """Take out of what an agent says whatever is not of the type that it should be; the rest of the code trusts these."""
-    for key in shapes.keys() & value.keys():
-        kind, found = shapes[key], value[key]
-        is_nested = isinstance(kind, dict)
-        if not isinstance(found, dict if is_nested else kind):
+def _shape(value, example):
+    """Take out of what an agent says whatever is not of the example's type; the rest of the code trusts these."""
+    for key in example.keys() & value.keys():
+        if type(value[key]) is not type(example[key]):
             del value[key]
-        elif is_nested:
-            _shape(found, kind)
+        elif example[key]:
+            _shape(value[key], example[key])
 
 
-def child_environment(settings: Settings, mark: str) -> dict[str, str]:
-    """Return Kiro's environment: ours without the token, with the marks by which a later run knows its orphans, and
+def _child_environment(settings, mark):
+    """Return a child's environment: ours without the token, with the mark by which a later run knows its orphans, and
     without git finding the bot's own checkout above a topic's own folder."""
     secret = settings.token or "\0"
     env = {name: value for name, value in os.environ.items() if secret not in value}
     # The bot's folder too: WORKSPACE_BASE_PATH may have been another one when the thread began.
-    return {**env, "GIT_CEILING_DIRECTORIES": f"{settings.workspaces}:{settings.folder}", FOLDER_MARK: str(settings.folder),
-            OWNER_MARK: _identity(os.getpid()), PROCESS_MARK: mark}
+    return {**env, "GIT_CEILING_DIRECTORIES": f"{settings.workspaces}:{settings.folder}",
+            MARK: f"{_identity(os.getpid())} {mark} {settings.folder}"}
 
 
 def finite(value: Any) -> Optional[float]:
@@ -3126,7 +3086,7 @@ def as_list(value: Any) -> list:
 
 def is_login(failure: KiroFailure) -> bool:
     """Is it that nobody is logged in?"""
-    return failure.code == LOGIN_REQUIRED or bool(NOT_LOGGED_IN.search(failure.said))
+    return bool(NOT_LOGGED_IN.search(failure.said))
 
 
 # -- locks and lost sessions -------------------------------------------------------------------------------------------
@@ -3138,7 +3098,7 @@ def kiro_home() -> Path:
 
 def session_file(session_id: str, extension: str) -> Path:
     """Return where Kiro keeps one of a session's files [acp 4.1]; quoted, as an id could lead elsewhere."""
-    return kiro_home() / "sessions" / "cli" / f"{quote(session_id, safe='')}.{extension}"
+    return kiro_home() / f"sessions/cli/{quote(session_id, safe='')}.{extension}"
 
 
 def _size_of(session_id, extension):
@@ -3146,10 +3106,8 @@ def _size_of(session_id, extension):
     path = session_file(session_id, extension)
     try:
         return path.stat().st_size
-    except FileNotFoundError:
-        return -1 if os.path.isdir(path.parent) else None
     except OSError:
-        return None
+        return -1 if os.access(path.parent, os.X_OK) else None
 
 
 def is_in_sight(session_id: str) -> bool:
@@ -3169,16 +3127,15 @@ def is_empty(session_id: str) -> bool:
 
 def is_ours(pid: int) -> bool:
     """Has this process started it, or what it has started?"""
-    return _environment_of(pid).get(OWNER_MARK) == _identity(os.getpid())
+    return _marks(pid)[0] == _identity(os.getpid())
 
 
-def end_orphans(folder: Path) -> None:
+def end_orphans(folder: Path):
     """End all that former runs of this folder's bot have left behind."""
     def is_orphan(pid):
-        env = _environment_of(pid)
-        owner = env.get(OWNER_MARK, "")
+        owner, _, its_folder = _marks(pid)
         lives = owner == _identity(owner.partition(".")[0])
-        return env.get(FOLDER_MARK) == str(folder) and not lives and pid != os.getpid()     # Kiro may have started this bot
+        return its_folder == str(folder) and not lives and pid != os.getpid()     # Kiro may have started this bot
 
     if pids := _running(is_orphan):
         log.warning("Ending what a former run has left behind: processes %s", pids)
@@ -3192,7 +3149,7 @@ def runs_as_kiro(pid: int, settings: Settings) -> bool:
     return any(name in command_line for name in names if not NO_SIGN.fullmatch(name))
 
 
-def remove_lock(session_id: str, pid: int) -> None:
+def remove_lock(session_id: str, pid: int):
     """Remove the session's lock if it names this process, which is dead or no Kiro."""
     try:
         if lock_pid(session_id) == pid:
@@ -3228,17 +3185,10 @@ def _identity(pid):
     return f"{pid}.{fields[START_TIME]}" if fields and fields[STATE] not in ("Z", "X") else ""
 
 
-def _environment_of(pid):
-    """Return the environment that the process was started with; empty when it is not ours to see."""
-    return dict(pair.partition("=")[::2] for pair in os.fsdecode(_proc(pid, "environ")).split("\0"))
-
-
-def belongs(pid: int, mark: str, group: int) -> bool:
-    """Does the process carry the process mark in its environment, or is it of the process group?"""
-    try:                         # looked at for every process of the machine, several times a turn
-        return os.getpgid(pid) == group or f"{PROCESS_MARK}={mark}\0".encode() in _proc(pid, "environ")
-    except ProcessLookupError:
-        return False
+def _marks(pid):
+    """Return by whom it was started, its mark and the bot's folder; nothing when it is not ours, or not ours to see."""
+    found = MARKED.search(os.fsdecode(_proc(pid, "environ")))
+    return found.groups() if found else ("", "", "")
 
 
 def _running(are_meant):
@@ -3254,8 +3204,6 @@ def _running(are_meant):
 ANSWER_SECONDS = 30             # how long to insist on a part of an answer, which is five tries; it is held after that
 ONCE = 0.01                     # and on one that is held already
 HOLD_SECONDS = 30               # until what is held is tried again; a try later so much longer
-COMPACTION = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
-              "failed": "⚠️ The conversation could not be compacted: {}"}
 
 
 class Answer:
@@ -3278,22 +3226,10 @@ class Answer:
         self._last_tool = ""                   # the last one that did, and how
         self._changes = {}                     # by file: what Kiro's tools did to it, as lines with - and +
 
-    def hear(self, method: str, params: dict) -> None:
+    def hear(self, method: str, params: dict):
         """Take in a notification; what says nothing about the answer is left aside [acp 3.5, 3.8]."""
-        name = method.removeprefix("_kiro.dev/")
-        if name == "session/update":               # ACP's own, or an extension's
-            self._hear_update(as_dict(params.get("update")))
-        elif name == "metadata" and (usage := as_list(params.get("meteringUsage"))):
-            self.credits = sum(finite(as_dict(entry).get("value")) or 0 for entry in usage)
-        elif name == "error/rate_limit":
-            self.trouble = str(params.get("message") or "Kiro is being rate-limited")
-        elif name == "compaction/status":
-            status = params.get("status")          # of /compact, or by itself; a turn may say nothing else
-            told = COMPACTION.get(str(as_dict(status).get("type", status)), "")
-            self.trouble = told.format(as_dict(status).get("error") or "Kiro does not say why")
-
-    def _hear_update(self, update):
-        kind = update.get("sessionUpdate")
+        update = as_dict(params.get("update")) or params       # ACP's own, or an extension's
+        kind = update.get("sessionUpdate") or method.removeprefix("_kiro.dev/")
         if kind == "agent_message_chunk" and self.length <= ANSWER_AT_MOST:
             self._hear_block(as_dict(update.get("content")))
         elif kind in ("tool_call", "tool_call_update"):
@@ -3305,9 +3241,14 @@ class Answer:
             self.has_ended = True
         elif kind == "stream_discarded":           # Kiro starts its present attempt anew
             del self._pieces[self._attempt:]
-            self.length, self._gap = sum(map(len, self._pieces)), True
-        elif kind in ("retry_warning", "stream_stall_notice"):
-            self.trouble = str(update.get("message") or "Kiro tries again")
+            self._gap = True
+        elif kind == "metadata" and (usage := as_list(update.get("meteringUsage"))):
+            self.credits = sum(finite(as_dict(entry).get("value")) or 0 for entry in usage)
+        elif kind in ("error/rate_limit", "retry_warning", "stream_stall_notice"):
+            self.trouble = str(update.get("message") or TRIES_AGAIN)
+        elif kind == "compaction/status":          # of /compact, or by itself; a turn may say nothing else
+            status = as_dict(update.get("status"))
+            self.trouble = COMPACTION.get(str(status.get("type")), "").format(status.get("error") or "")
 
     def _hear_block(self, block):
         """Take in a piece of the answer: text, a link, or what is sent as a file."""
@@ -3315,22 +3256,20 @@ class Answer:
         text, data, uri = (str(inner.get(key) or "") for key in ("text", "data", "uri"))
         path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else ""
         self.length += len(text) + len(data)
+        self.heard = True
         if text:
             self._say(text)
         elif data or path:
-            self.heard = True
             name = f"image{mimetypes.guess_extension(str(inner.get('mimeType'))) or ''}"
             self._files.append({"kind": "file", "path": path or name, "caption": "", "data": data})
         elif uri:
-            self._gap = True
-            self._say(f"[{block.get('name') or uri}]({uri})\n\n")
+            self._say(f"\n\n[{block.get('name') or uri}]({uri})\n\n")
 
     def _say(self, text):
         """Add a piece of the answer, set apart when a tool lies between."""
         if self._gap and self._pieces:
             self._pieces[-1] = self._pieces[-1].rstrip("\n") + "\n\n"
         self._pieces.append(text)
-        self.heard = True
         self._gap, self.running, self.trouble = False, "", ""
         self.has_ended = text.strip() == INTERRUPTED
 
@@ -3339,7 +3278,7 @@ class Answer:
         self.steps += update.get("sessionUpdate") == "tool_call"
         tool_id = str(update.get("toolCallId"))
         call = self._tools.pop(tool_id, {}) | without_none(update)
-        title, status = str(call.get("title") or call.get("kind") or "a tool"), update.get("status")
+        title, status = str(call.get("title") or call.get("kind") or SOME_TOOL), update.get("status")
         if status in ("completed", "failed"):
             if title == self.running:
                 self.running = ""
@@ -3358,10 +3297,12 @@ class Answer:
     def _note_changes(self, call):
         """Note what a tool call did to files: the lines of its diffs, or at least their names."""
         diffs = [block for block in as_list(call.get("content")) if as_dict(block).get("type") == "diff"]
-        for block in diffs or as_list(call.get("locations")) or [call.get("rawInput")]:
-            path, *changed = _content_texts([{**as_dict(block), "type": "diff"}])
-            is_much = sum(map(len, self._changes.values())) > CHANGES_AT_MOST
-            self._changes[path] = "\n".join([self._changes.get(path, ""), *changed[:0 if is_much else None]])
+        for block in map(as_dict, diffs or as_list(call.get("locations")) or [call.get("rawInput")]):
+            if block.get("path"):
+                path, *changed = _content_texts([{**block, "type": "diff"}])
+                if sum(map(len, self._changes.values())) > CHANGES_AT_MOST:
+                    changed = []
+                self._changes[path] = "\n".join([self._changes.get(path, ""), *changed])
 
     def changes(self) -> str:
         """Return the files that were changed by Kiro's own tools, each with what went and what came."""
@@ -3372,15 +3313,14 @@ class Answer:
         """Return the line that says what the turn took and did; nothing for a short one that changed no file."""
         if seconds < LONG_SECONDS and not self._changes:
             return ""
-        counts = ((self.steps, "step"), (len(self._changes), "file"))
-        told = [duration(seconds), *(f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n)]
-        return " · ".join(told + ([f"{self.credits:.4g} credits"] if self.credits is not None else []))
+        counts = (self.steps, STEPS), (len(self._changes), FILES), (self.credits, COST)
+        return " · ".join([duration(seconds), *(forms[n > 1].format(n) for n, forms in counts if n)])
 
     def progress(self) -> list[str]:
         """Return how far it is: the step from the second on, and of a plan how much is done and what comes now."""
-        done = sum(status == "completed" for _, status in self.plan)
-        now = next((what for what, status in self.plan if status != "completed"), "")
-        return [f"step {self.steps}"] * (self.steps > 1) + [f"{done}/{len(self.plan)} {now}".strip()] * bool(self.plan)
+        left = [what for what, status in self.plan if status != "completed"]
+        plan = " ".join([f"{len(self.plan) - len(left)}/{len(self.plan)}", *left[:1]])
+        return [STEP.format(self.steps)] * (self.steps > 1) + [plan] * bool(self.plan)
 
     def text(self) -> str:
         """Return what Kiro has said so far."""
@@ -3390,9 +3330,9 @@ class Answer:
         """Return the question about a tool call: what it is, and each of its arguments, in plain sight."""
         before = self._tools.get(str(tool_call.get("toolCallId")), {})
         call = before | without_none(tool_call)
-        title, kind, raw = str(call.get("title") or "use a tool"), str(call.get("kind") or "other"), call.get("rawInput")
+        title, kind, raw = str(call.get("title") or SOME_TOOL), str(call.get("kind") or "other"), call.get("rawInput")
         named = "" if kind in ("other", "execute") or kind in title.lower() else f" ({kind})"
-        lines = [f"❓ Kiro wants to: {title}{named}"]
+        lines = [WANTS_TO.format(title + named)]
         for name, value in as_dict(raw).items() or [("", raw)] * bool(raw):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             if text not in (title, title.partition(": ")[2]):
@@ -3403,17 +3343,17 @@ class Answer:
         paths = (str(as_dict(place).get("path") or "") for place in as_list(call.get("locations")))
         return counted("\n".join([shown, *(path for path in paths if path not in shown)]), QUESTION_LIMIT)
 
-    def parts(self, outcome: Outcome, notes: str, remarks: list[str], seconds: float = 0) -> list[dict]:
+    def parts(self, outcome: Outcome, notes: str, seconds: float) -> list[dict]:
         """Return the whole answer for the journal: notes, what Kiro said, remarks."""
-        text, closing, said, remarks = self.text(), self._closing(seconds), self._files, [outcome.remark, *remarks]
+        text, closing, said, remarks = self.text(), self._closing(seconds), self._files, [outcome.remark]
         if text.strip():
             end = paragraphs(remarks.pop(0) if outcome.stopped else "", closing)
             said, closing = [{"kind": "answer", "text": text, "end": end}, *said], ""
         if self.length > ANSWER_AT_MOST:
-            remarks.append(f"⚠️ This answer has more than {ANSWER_AT_MOST >> 20} million characters; the rest is left out.")
+            remarks.append(TOO_LONG)
         if not (said or any(remarks)):
             remarks.append(self.trouble or self._last_tool or NOTHING_SAID)
-        notes, remark = (plain_parts(counted(text, QUESTION_LIMIT)) for text in (notes, paragraphs(*remarks, closing)))
+        notes, remark = (parts_of(counted(text, QUESTION_LIMIT)) for text in (notes, paragraphs(*remarks, closing)))
         return notes + said + remark
 
 
@@ -3436,14 +3376,14 @@ def _content_texts(content):
 
 def counted(text: str, limit: int = ARGUMENT_LIMIT) -> str:
     """Return the text in plain sight, or its beginning and how much more there is."""
-    more = f"\n⚠️ {len(text) - limit} more characters are not shown." * (len(text) > limit)
+    more = MORE_TEXT.format(len(text) - limit) * (len(text) > limit)
     return in_plain_sight(text[:limit]) + more
 
 
 def plan_lines(plan: list[tuple[str, str]]) -> list[str]:
     """Return a plan's entries with their signs, as far as one wants to read them."""
     lines = [f"{PLAN_SIGNS.get(status, '☐')} {what}" for what, status in plan[:PLAN_LENGTH]]
-    return lines + [f"… {len(plan) - PLAN_LENGTH} more"] * (len(plan) > PLAN_LENGTH)
+    return lines + [MORE_STEPS.format(len(plan) - PLAN_LENGTH)] * (len(plan) > PLAN_LENGTH)
 
 
 class Draft:
@@ -3456,15 +3396,12 @@ class Draft:
         self._shown = None                     # the answer's length and the status in its last frame
         self._sent_at = 0.0                    # when that was
 
-    def hide(self) -> None:
+    def hide(self):
         """A message in the topic has taken its place [tg 1.5]."""
         self._shown = None
 
     def refresh(self, answer: Answer, doing: str, clock: str) -> float:
-        """Send a frame if there is news, or the last one is about to expire; return when to look again.
-
-        `clock` is shown with what is being done, and is no news.
-        """
+        """Send a frame if there is news (the `clock` is none), or the last one expires soon; return when to look again."""
         now, news = time.monotonic(), (answer.length, doing)
         if self.stopped:
             return math.inf
@@ -3489,12 +3426,9 @@ class Outgoing(NamedTuple):
 class Delivery:
     """Brings a topic's answers to Telegram, part by part, also those of a former run.  On the conversation's thread.
 
-    What Telegram does not take stays in the journal and is tried again, behind whatever else the topic has to do.
-
-    A part is one lasting message, as JSON-able dict: {"kind": "plain" | "rich" | "source", "text"}, where source is Markdown
-    to be shown as plain text; or {"kind": "file", "path", "caption", "data"?, "text"?}, whose bytes are at the path, or in it,
-    as base64 or as a text that can be shown instead; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made
-    safe.
+    A part is one lasting message: {"kind": "plain" | "rich" | "source", "text"}, where source is Markdown to be shown as plain
+    text; or {"kind": "file", "path", "caption", "data"?, "text"?}, whose bytes are at the path, or in it, as base64 or as text
+    that can be shown instead; {"kind": "answer", "text", "end"?} is what Kiro said, not yet cut and made safe.
     """
 
     def __init__(self, conversation):
@@ -3506,11 +3440,8 @@ class Delivery:
         self.sending = False                   # a part is on its way, and not ticked off yet; read by the main thread
         self.unsent = []                       # files that could not be sent, for Kiro to hear of
 
-    def send(self, outgoing: Outgoing) -> None:
-        """Send what is left, in order, and keep the journal up with it; hold it if Telegram does not take the next part.
-
-        Once all of it is sent, what is held is tried again: it may go through as well.
-        """
+    def send(self, outgoing: Outgoing):
+        """Send what is left, the journal keeping up with it; hold what Telegram does not take, else try what is held."""
         self.sending = True
         try:
             while True:
@@ -3529,8 +3460,6 @@ class Delivery:
         self.tries, self.try_at = 0, time.monotonic() if self.held else math.inf
         self._bot.note(self._store.finish, outgoing.turn_id, outgoing.offer)
 
-    # -- what Telegram does not take -----------------------------------------------------------------------------------
-
     def _hold(self, outgoing, error):
         """Keep it, to be tried again behind whatever comes next in the topic."""
         log.error("An answer to %s/%s is held: %s", *self._conversation.key, error)
@@ -3539,46 +3468,35 @@ class Delivery:
         if outgoing not in self.held:
             self.held.append(outgoing)
             if isinstance(error, Refused):
-                self._bot.tell(self._conversation.key, "⚠️ Telegram does not take a part of the answer: "
-                               f"{error.description}. I'll keep trying; /stop gives it up.", silent=True)
+                self._bot.tell(self._conversation.key, NOT_TAKEN.format(error.description), silent=True)
 
-    def try_again(self) -> None:
+    def try_again(self):
         """Try once to send what is held, each answer in its turn."""
         for outgoing in list(self.held):
             self.send(outgoing)
 
-    def give_up(self) -> None:
+    def give_up(self):
         """Drop the part that Telegram does not take, and go on with what comes after it."""
         if self.held:
             del self.held[0].parts[:1]
             self.try_at = time.monotonic()
-            self._bot.tell(self._conversation.key, "⏹ I have given up the part of the answer that Telegram does not take. "
-                           "Kiro knows it; you can ask for it.", silent=True)
-
-    # -- a part --------------------------------------------------------------------------------------------------------
+            self._bot.tell(self._conversation.key, GIVEN_UP, silent=True)
 
     def _pieces(self, answer, former):
-        """Return the messages and files that an answer becomes.
-
-        That it still stands in the journal as Kiro gave it means that a former run could not format it: it goes as it is.
-        """
+        """Return the messages and files that an answer becomes; those of text as it is, where a former run died of this."""
         text, folder = answer["text"], self._conversation.agent.workspace
         try:
             if not former:
                 shown, files = visible_text(text, exists=lambda path: os.path.lexists(os.path.join(folder(), path)))
                 shown = paragraphs(shown, answer.get("end"))
-                pieces = self._chat.parts(shown) if shown.strip() else []
-                pieces += [{"kind": "file", "path": path, "caption": caption} for path, caption in files]
-                return pieces or plain_parts(NOTHING_SAID)
+                files = [{"kind": "file", "path": path, "caption": caption} for path, caption in files]
+                return self._chat.parts(shown) + files or parts_of(NOTHING_SAID)
         except Exception:   # a bug there must not cost an answer
             log.exception("An answer can't be formatted and is sent as it is")
         return [plain_part(piece) for piece in util.smart_split(text, PLAIN_LIMIT // 2) if piece.strip()]
 
     def _send_first(self, outgoing):
-        """Send the first part; return what Telegram is to get instead, if it did not take it as it is.
-
-        Only the last part of all makes the phone ring.
-        """
+        """Send the first part, which rings if it is the only one; return what Telegram is to get instead of it."""
         part, *others = outgoing.parts
         if part["kind"] == "answer":
             return self._pieces(part, outgoing.former)
@@ -3593,40 +3511,54 @@ class Delivery:
         turn_id, conversation = outgoing.turn_id, self._conversation
         if turn_id is None:
             return []
-        rows = [[("Ask again", f"again:{turn_id}"), ("Drop", f"drop:{turn_id}")]] * outgoing.offer
-        changed = [(str(turn_id), "Changes")] if conversation.changes.get(str(turn_id)) else []
+        rows = [[(ASK_AGAIN, f"again:{turn_id}"), (DROP, f"drop:{turn_id}")]] * outgoing.offer
+        changed = [(str(turn_id), CHANGES)] if conversation.changes.get(str(turn_id)) else []
         return rows + choices(conversation, "changes", changed)
 
     def _send_file(self, part, silent):
         """Send a file; return what goes in its place: a message if that can't be, two if the caption is too long for one."""
         if utf16_length(part["caption"]) > CAPTION_LIMIT:
-            return [{**part, "caption": ""}, *plain_parts(part["caption"])]
+            return [{**part, "caption": ""}, *parts_of(part["caption"])]
         refusal = self.upload(part, silent)
         if not refusal:
             return []
         if "text" in part:
-            return plain_parts(part["text"], "source")
+            return parts_of(part["text"], "source")
         self.unsent.append(f"{part['path']}: {refusal}")
-        return plain_parts(f"⚠️ Kiro wanted to send {part['path']}, but {refusal}.")
+        return parts_of(FILE_NOT_SENT.format(part["path"], refusal))
 
     def upload(self, part: dict, silent: bool) -> str:
-        """Send a file of the topic's folder, or one that came in the answer itself; return why not, or nothing.  May be called
-        from any thread."""
+        """Send a file of the topic's folder, or one that came in the answer; return why not, or nothing.  On any thread."""
         path = part["path"]
         try:
             content = part["text"].encode() if "text" in part else base64.b64decode(part.get("data", ""))
-            with io.BytesIO(content) if content else open_inside(path, self._conversation.agent.workspace()) as file:
+            with io.BytesIO(content) if content else _open_inside(path, self._conversation.agent.workspace()) as file:
                 self._chat.upload(file, path, part["caption"], silent)
+        except FileNotFoundError:
+            return NO_SUCH_FILE
         except (Refused, OSError, ValueError, StoreError, KiroFailure) as error:
-            return f"it can't be sent: {getattr(error, 'strerror', None) or error}"
+            return CANT_BE_SENT.format(error)
         return ""
 
     def card(self, unfinished: UnfinishedTurn) -> list[dict]:
         """Return what Kiro had said, and the message that offers the turn again."""
-        rows = self._store.messages_of(unfinished.turn_id)
-        asked = [words(Incoming(row).message) or "(a file)" for row in rows]
+        asked = [words(Incoming(row).message) or ONLY_A_FILE for row in self._store.messages_of(unfinished.turn_id)]
         said = [{"kind": "answer", "text": unfinished.partial}] if unfinished.partial else []
-        return said + [plain_part(f"⚠️ I was interrupted while working on: {shortened(' / '.join(asked), EXCERPT_LENGTH)}")]
+        return said + parts_of(WORKED_ON.format(one_line(" / ".join(asked), EXCERPT_LENGTH)))
+
+
+def _open_inside(path, workspace):
+    """Open a regular file inside the workspace, links resolved.  Raises OSError, ValueError."""
+    found = os.open(os.path.join(workspace, path), os.O_PATH)      # only looked at, so that no link can change meanwhile
+    try:
+        seen = f"/proc/self/fd/{found}"
+        if not Path(os.readlink(seen)).is_relative_to(os.path.realpath(workspace)):
+            raise ValueError(OUTSIDE)
+        if not os.path.isfile(seen):
+            raise ValueError(NOT_REGULAR)
+        return open(seen, "rb")
+    finally:
+        os.close(found)
 
 
 # ======================================================================================================================
@@ -3638,17 +3570,17 @@ TIMEOUTS = {"sendMessageDraft": (3, 4), "getUpdates": None}   # seconds to conne
 TIMEOUT = (10, 30)
 UPLOAD_TIMEOUT = (10, 300)
 KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)]
-RETRY_DELAYS = (1, 2, 4, 8, 15, 30)
+RETRY_AT_MOST = 30              # seconds between two tries
 GET_FILE_SECONDS = 60
 CHUNK = 64 * 1024
 TYPING_SECONDS = 4              # between signs of life where there are no drafts; one lasts for five
-SAY_SECONDS = 10 * 60           # how long to insist on a message of the bot's own
+SAY_SECONDS = 600               # how long to insist on a message of the bot's own
 FLOOD_SECONDS = 5               # for a 429 that doesn't say how long
 FLOOD_AT_MOST = 24 * 3600
 PLAIN_LIMIT = 4096              # UTF-16 units [tg 2.4]
-RICH_LIMIT = 30_000             # of 32768 UTF-16 units [tg 2.1], of source; what makes it safe adds a little
-RICH_SHORT = 6000               # characters where a blank line allows it: clients were seen to cut longer ones
-RICH_BLOCKS = 480               # of 500, with room for a list or a table that goes on [tg 2.1]
+RICH_LIMITS = (30_000,          # of 32768 UTF-16 units [tg 2.1], of source; what makes it safe adds a little
+               6000,            # where a blank line allows it: clients were seen to cut longer ones
+               480)             # of 500 blocks, with room for a list or a table that goes on [tg 2.1]
 PARTS_AT_MOST = 20              # of an answer; of a longer one some are shown at both ends, and all of it goes as a file
 PARTS_SHOWN = 3
 TOO_MUCH = re.compile("too long|TEXT_TOO_LONG|BLOCKS_TOO_MANY")    # a smaller part may be taken [tg 2.2]
@@ -3656,12 +3588,10 @@ HALVED_AT_LEAST = 1000          # a part that is refused although it is smaller 
 DRAFT_LIMIT = 4000
 CAPTION_LIMIT = 1024
 TITLE_LIMIT, LABEL_LIMIT = 40, 60        # characters
-UPLOAD_BYTES = 50 * 1024 * 1024
-LOCAL_UPLOAD_BYTES = 2000 * 1024 * 1024
+UPLOAD_MB, LOCAL_UPLOAD_MB = 50, 2000
 NO_PREVIEW = types.LinkPreviewOptions(is_disabled=True)
 NO_DRAFTS = re.compile(r"^404|^400.*method|TEXTDRAFT")         # a server that does not know them
-ABOUT_TOPIC = re.compile(r"thread|TOPIC_|rights", re.IGNORECASE)       # in a refusal; there are more ways to say it
-TOPIC_GONE = "The topic is gone or closed ({}), so I answer here:"
+ABOUT_TOPIC = re.compile(r"(?i)thread|TOPIC_|rights")       # in a refusal; there are more ways to say it
 
 Buttons = list[list[tuple[str, Any]]]   # rows of (label, data), or (label, what telebot's button gets instead of data)
 
@@ -3708,11 +3638,8 @@ class TooManyRequests(TelegramError):
 
 
 class Telegram:
-    """The one door to Telegram.  It alone knows the token, telebot's errors and flood control.
-
-    Parameters travel in the request's body, since telebot would put them, and so whole messages, into the URL [tg 5.6];
-    nothing is repeated behind our back.
-    """
+    """The one door to Telegram.  It alone knows the token, telebot's errors and flood control.  Parameters travel in the
+    request's body, since telebot would put them, and so whole messages, into the URL [tg 5.6]."""
 
     def __init__(self, settings, closing):
         self._token, self._closing = settings.token, closing
@@ -3721,19 +3648,13 @@ class Telegram:
         self._closed_until = defaultdict(float)        # by chat: Telegram wants silence
         self.next_frame = defaultdict(float)   # by chat: over all its topics
         self._session = requests.Session()     # one for all threads: a new thread finds connections that are open
-        self._session.proxies = requests.utils.get_environ_proxies(settings.api_url)
-        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-        self._session.trust_env = False        # looked up once, not for each request
         urllib3.connection.HTTPConnection.default_socket_options += KEEP_ALIVE     # so that no NAT drops them
         self._files = f"{settings.api_url}/file/bot{settings.token}/"
         apihelper.API_URL = settings.api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self._post
 
-    def call(self, method: Callable[..., Any], *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
-        """Call one of telebot's apihelper functions once; return Telegram's result as it came.
-
-        `chat` is the chat whose gate a 429 closes.  Raises TelegramError; Unreachable when there is no answer in a known form.
-        """
+    def call(self, method: Callable, *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
+        """Call a function of telebot's apihelper once; return Telegram's result as it came.  Raises TelegramError."""
         if (closed := self._closed_until[chat] - time.monotonic()) > 0:
             raise TooManyRequests(closed)
         try:
@@ -3741,31 +3662,26 @@ class Telegram:
         except apihelper.ApiTelegramException as error:
             code, description = error.error_code, error.description
             seconds = finite(as_dict(error.result_json.get("parameters")).get("retry_after"))
-        except apihelper.ApiHTTPException as error:        # a page of something on the way: it passes, but for 413
-            code, description = error.result.status_code, f"{error.result.reason} (by a proxy on the way)"
-            code = code if code == 413 else max(code, 500)
+        except apihelper.ApiHTTPException as error:        # a page of something on the way: it passes
+            code, description = 500, f"{error.result.reason} (by a proxy on the way)"
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL):
             raise SettingsError("HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or TELEGRAM_API_URL can't be used: a bad address, or one "
                                 "for SOCKS without PySocks") from None
-        except (apihelper.ApiException, urllib3.exceptions.HTTPError,
-                OSError, KeyError, TypeError, ValueError) as error:     # the texts hold the token
+        except Exception as error:             # or the answer is in no known form; the text holds the token
             raise Unreachable(type(error).__name__) from None
         if code == 401:
             raise Unauthorized(description)
         if code == 429:
             seconds = min(max(seconds or FLOOD_SECONDS, 1), FLOOD_AT_MOST)     # it need not be said [tg 6]
-            self._closed_until[chat] = max(self._closed_until[chat], time.monotonic() + seconds)
+            self._closed_until[chat] = time.monotonic() + seconds
             raise TooManyRequests(seconds)
         if code >= 500 or "temporarily" in description:        # what getFile says of some files for a while [tg 7]
             raise Fault(description)
         raise (Conflict if code == 409 else Refused)(code, description)
 
-    def insist(self, method: Callable[..., Any], *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
-        """Call until there is a definite answer, for so many seconds; what was lost on the way is sent again.
-
-        Raises Refused, also when the server fails at nothing but this; TooManyRequests, Unreachable, and Closing when the
-        bot is stopping.
-        """
+    def insist(self, method: Callable, *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
+        """Call until there is a definite answer, for so many seconds; what was lost on the way is sent again.  Raises
+        TelegramError, Refused also where the server fails at nothing but this, and Closing when the bot is stopping."""
         limit, wait = time.monotonic() + seconds, 0.0
         for failures in itertools.count():
             self.pause(wait)
@@ -3780,7 +3696,7 @@ class Telegram:
                         raise Refused(500, str(error)) from error
                     raise
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds: float):
         """Wait.  Raises Closing when the bot is stopping."""
         if self._closing.wait(seconds):
             raise Closing
@@ -3798,7 +3714,7 @@ class Telegram:
             with open(path, "rb") as file:
                 return (yield from iter(lambda: file.read(CHUNK), b""))
         try:
-            with self._session.get(self._files + requests.utils.quote(path), stream=True, timeout=TIMEOUT) as response:
+            with self._session.get(self._files + quote(path), stream=True, timeout=TIMEOUT) as response:
                 response.raise_for_status()
                 yield from response.iter_content(CHUNK)
         except requests.RequestException as error:      # its text holds the token
@@ -3810,9 +3726,9 @@ def plain_part(text: str) -> dict:
     return {"kind": "plain", "text": whole_characters(text)}
 
 
-def plain_parts(text: str, kind: str = "plain") -> list[dict]:
+def parts_of(text: str, kind: str = "plain", limits: tuple = (PLAIN_LIMIT,)) -> list[dict]:
     """Return the text as parts of this kind and of allowed size; none for an empty one."""
-    return [{**plain_part(piece), "kind": kind} for piece in split_text(text, PLAIN_LIMIT)]
+    return [{**plain_part(piece), "kind": kind} for piece in split_text(text, *limits)]
 
 
 def _markup(buttons):
@@ -3827,7 +3743,7 @@ def _markup(buttons):
 
 def retry_delay(failures: int, error: Exception) -> float:
     """Return for how many seconds to wait after this failure, when so many came before it in a row."""
-    return getattr(error, "seconds", RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
+    return getattr(error, "seconds", min(2 ** failures, RETRY_AT_MOST))
 
 
 class Topic:
@@ -3841,10 +3757,7 @@ class Topic:
     # -- drafts --------------------------------------------------------------------------------------------------------
 
     def frame_wait(self, last: float, now: float) -> float:
-        """Return 0 when a frame may be sent now, else the seconds until it is worth asking again.
-
-        `last` is when its turn sent one; the first frame of a turn (0) waits for nobody.
-        """
+        """Return 0 when a frame may be sent now, else the seconds to wait; a turn's first (`last` is 0) waits for nobody."""
         free_at = self._telegram.next_frame[self._user_id]
         if last and now < free_at:
             return free_at - now
@@ -3852,10 +3765,7 @@ class Topic:
         return 0
 
     def frame(self, draft_id: int, said: str, status: str) -> bool:
-        """Show what was said so far, and what goes on, once: the next frame is soon due, and an answer never waits for it.
-
-        Return False when that has to be tried again.
-        """
+        """Show what was said so far, and what goes on, once: the next frame is soon due.  Return False if that was in vain."""
         text = paragraphs(tail(said, DRAFT_LIMIT - 300), tail(status, 200)) or "…"
         call = functools.partial(self._telegram.call, chat=self._user_id, message_thread_id=self._thread_id)
         try:
@@ -3876,20 +3786,16 @@ class Topic:
     def parts(self, text: str) -> list[dict]:
         """Cut Kiro's text into parts (see Delivery); of too many, the first and the last, and a file with all of it."""
         self._gone = False                     # Telegram may have been wrong; it is asked again
-        parts = plain_parts(text, "source")
+        parts = parts_of(text, "source")
         if self._telegram.rich and has_markdown(text):
-            pieces = split_text(resolved(text), RICH_LIMIT, RICH_SHORT, RICH_BLOCKS)
-            parts = [{"kind": "rich", "text": piece} for piece in pieces]
+            parts = parts_of(resolved(text), "rich", RICH_LIMITS)
         if len(parts) > PARTS_AT_MOST:
-            caption = f"✂️ {len(parts) - 2 * PARTS_SHOWN} messages are left out here: this is the whole answer."
-            parts[PARTS_SHOWN:-PARTS_SHOWN] = [{**plain_part(text), "kind": "file", "path": "answer.md", "caption": caption}]
+            caption = LEFT_OUT.format(len(parts) - 2 * PARTS_SHOWN)
+            parts[PARTS_SHOWN:-PARTS_SHOWN] = [{"kind": "file", "path": "answer.md", "caption": caption, "text": text}]
         return parts
 
-    def send(self, part: dict, buttons: Optional[Buttons], **how: Any) -> list[dict]:
-        """Send a part of an answer; return other parts when it has to be sent in their form instead: a plain one has no other.
-
-        `how` is for how many `seconds` to insist, and whether to `disable_notification`.  Raises TelegramError.
-        """
+    def send(self, part: dict, buttons: Buttons, **how: Any) -> list[dict]:
+        """Send a part of an answer; return what has to go instead: of a plain one there is nothing.  Raises TelegramError."""
         kind, text, how["reply_markup"] = part["kind"], part["text"], _markup(buttons)
         try:
             if kind == "rich":
@@ -3900,17 +3806,17 @@ class Topic:
                 self._post_plain(shown, entities=entities, is_plainest=kind == "plain", **how)
         except Refused as refusal:
             log.warning("Telegram refused a %s part: %s", kind, refusal)
-            if kind == "rich" and refusal.code == 404:     # a server that lacks the method
+            if refusal.code == 404:            # a server that lacks the method
                 self._telegram.rich = False
             if len(text) > HALVED_AT_LEAST and TOO_MUCH.search(refusal.description):
                 return [{**part, "text": piece} for piece in split_text(text, utf16_length(text) * 2 // 3)]
             if kind == "plain":
                 raise
-            return plain_parts(text, "source" if kind == "rich" else "plain")
+            return parts_of(text, "source" if kind == "rich" else "plain")
         return []
 
     def _post_plain(self, text, **how):
-        return self._post(apihelper.send_message, text if text.strip() else "…", link_preview_options=NO_PREVIEW, **how)
+        return self._post(apihelper.send_message, text, link_preview_options=NO_PREVIEW, **how)
 
     def _post(self, method, content, is_plainest=False, **how):
         """Send into the topic; when that is gone, or does not even take the plainest form, to the chat itself, and say why."""
@@ -3921,59 +3827,56 @@ class Topic:
             is_of_topic = ABOUT_TOPIC.search(refusal.description) or is_plainest and refusal.code in (400, 403)
             if not (thread_id and is_of_topic):
                 raise
-            reason = TOPIC_GONE.format(refusal.description)
-        self._insist(apihelper.send_message, self._user_id, reason, seconds=how["seconds"], disable_notification=True)
+            self._insist(apihelper.send_message, self._user_id, TOPIC_GONE.format(refusal.description), seconds=how["seconds"],
+                         disable_notification=True)
         self._gone = True
         return self._post(method, content, **how)
 
-    def say(self, text: str, buttons: Optional[Buttons] = None, silent: bool = False, once: bool = False) -> Any:
+    def say(self, text: str, buttons: Buttons = (), silent: bool = False, seconds: float = SAY_SECONDS) -> Any:
         """Send a message of the bot's own, in several if it is long; return the last.  Raises TelegramError."""
-        seconds = 0 if once else SAY_SECONDS
         *before, last = split_text(counted(text, QUESTION_LIMIT), PLAIN_LIMIT - 200)       # room for an outcome
         for piece in before:
             self._post_plain(piece, seconds=seconds, disable_notification=True)
         return self._post_plain(last, reply_markup=_markup(buttons), seconds=seconds, disable_notification=silent,
-                                is_plainest=not once)
+                                is_plainest=seconds > 0)
 
     def ask(self, text: str, buttons: Buttons) -> int:
         """Send a question once; return its message_id.  Raises TelegramError."""
         try:
-            return self.say(text, buttons, once=True)["message_id"]
+            return self.say(text, buttons, seconds=0)["message_id"]
         except Refused:                        # buttons without colours may be taken
             buttons = [[(label, {**data, "style": None}) for label, data in row] for row in buttons]
-            return self.say(text, buttons, once=True)["message_id"]
+            return self.say(text, buttons, seconds=0)["message_id"]
 
-    def show(self, text: str, name: str) -> None:
-        """Send a text as code, or as a file of this name where that is too long.  Raises TelegramError."""
+    def show_diff(self, text: str):
+        """Send a diff as code, or as a file where it is too long for that.  Raises TelegramError."""
         size = utf16_length(text)
         if size > PLAIN_LIMIT:
-            self.upload(io.BytesIO(text.encode()), name)
+            self.upload(io.BytesIO(text.encode()), "changes.diff")
         else:
             self._post_plain(text, seconds=SAY_SECONDS, entities=[types.MessageEntity("pre", 0, size, language="diff")])
 
-    def settle(self, message_id: int, text: str) -> None:
+    def settle(self, message_id: int, text: str):
         """Replace a message with buttons by its outcome."""
         self._insist(apihelper.edit_message_text, tail(text, PLAIN_LIMIT), chat_id=self._user_id, message_id=message_id,
                      link_preview_options=NO_PREVIEW)
 
-    def rename(self, title: str) -> None:
+    def rename(self, title: str):
         """Give the topic a name."""
         self._insist(apihelper.edit_forum_topic, self._user_id, self._thread_id, title)
 
-    def react(self, message_id: int, emoji: str) -> None:
+    def react(self, message_id: int, emoji: str):
         """Show that a message was seen."""
         self._insist(apihelper.set_message_reaction, self._user_id, message_id, [types.ReactionTypeEmoji(emoji)], seconds=0)
 
-    # -- files ---------------------------------------------------------------------------------------------------------
-
-    def upload(self, file: IO[bytes], path: str, caption: str = "", silent: bool = False) -> None:
+    def upload(self, file: IO, path: str, caption: str = "", silent: bool = False):
         """Send as photo if Telegram takes it as such, else as document.  Raises TelegramError, ValueError."""
         head, size = file.read(16), file.seek(0, os.SEEK_END)
-        limit = LOCAL_UPLOAD_BYTES if self._telegram.is_local else UPLOAD_BYTES
-        if size > limit:
-            raise ValueError(f"it is larger than the {limit >> 20} MB that Telegram takes")
+        limit = LOCAL_UPLOAD_MB if self._telegram.is_local else UPLOAD_MB
+        if size > limit << 20:
+            raise ValueError(TOO_LARGE.format(limit))
         named_file = harmless_name(os.path.basename(path)), file       # safe for its headers [tg 4]
-        how = {"seconds": ANSWER_SECONDS, "caption": caption or None, "disable_notification": silent}
+        how = {"seconds": ANSWER_SECONDS, "caption": caption, "disable_notification": silent}
         try:
             if image_type(head) in ("image/png", "image/jpeg", "image/webp"):
                 return self._post(apihelper.send_photo, named_file, **how)
@@ -3992,20 +3895,6 @@ def _multipart(fields, field, named_file):
     return itertools.chain([head], itertools.islice(iter(lambda: file.read(CHUNK), b""), pieces), tail), content_type
 
 
-def open_inside(path: str, workspace: str) -> IO[bytes]:
-    """Open a regular file inside the workspace, links resolved.  Raises OSError, ValueError."""
-    found = os.open(os.path.join(workspace, path), os.O_PATH)      # only looked at, so that no link can change meanwhile
-    try:
-        seen = f"/proc/self/fd/{found}"
-        if not Path(os.readlink(seen)).is_relative_to(os.path.realpath(workspace)):
-            raise ValueError("it is outside of this topic's folder")
-        if not os.path.isfile(seen):
-            raise ValueError("it is not a regular file")
-        return open(seen, "rb")
-    finally:
-        os.close(found)
-
-
 # ======================================================================================================================
 # Text: how much there is of it, and what may be shown
 # ======================================================================================================================
@@ -4021,8 +3910,9 @@ def paragraphs(*texts: Optional[str]) -> str:
 
 
 def one_line(text: str, limit: int) -> str:
-    """Return the text in plain sight on one line, shortened."""
-    return shortened(in_plain_sight(" ".join(text.split())), limit)
+    """Return the text in plain sight on one line, or its beginning with an ellipsis."""
+    line = in_plain_sight(" ".join(text.split()))
+    return line if len(line) <= limit else f"{line[:limit]}…"
 
 
 def duration(seconds: float) -> str:
@@ -4052,11 +3942,6 @@ def in_plain_sight(text: str) -> str:
                    for c in whole_characters(text))
 
 
-def shortened(text: str, limit: int) -> str:
-    """Return the text, or its beginning with an ellipsis."""
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
 def tail(text: str, limit: int) -> str:
     """Return the end of the text, at most so many UTF-16 units, from the start of a line if possible."""
     if utf16_length(text) <= limit:
@@ -4081,8 +3966,8 @@ LINE = r"[ ]{0,3}(?P<sign>[-*_])(?:[ \t]*(?P=sign)){2,}[ \t]*$"
 QUOTE = r"[ ]{0,3}>[ \t]?"
 BOX = re.compile(rf"(?!{LINE})(?:{QUOTE}|[ ]{{0,3}}(?:\d{{1,9}}[.)]|[-+*])(?:[ \t]{{1,4}}(?=\S)|[ \t]|$))")
 BOX_IN_TEXT = re.compile(rf"(?!{LINE})(?:{QUOTE}|[ ]{{0,3}}(?:1[.)]|[-+*])(?:[ \t]{{1,4}}(?=\S)|[ \t](?=[ \t]+\S)))")
-NO_BOX = re.compile(r"(?!)")
-BEGINS = {"text": BOX_IN_TEXT, "fence": NO_BOX, "code": NO_BOX}      # behind what; BOX behind all else
+NOTHING = re.compile(r"(?!)")
+BEGINS = {"text": BOX_IN_TEXT, "fence": NOTHING, "code": NOTHING}      # behind what; BOX behind all else
 
 # What else a line is.
 LEAF = re.compile(rf"""
@@ -4119,19 +4004,17 @@ DEPTH_AT_MOST = 8               # of quotes and items; a list in a list has two 
 COLUMNS_AT_MOST = 20
 ENTITIES_AT_MOST = 100
 CLOSING_AT_MOST = 300           # characters at a message's end: a fence in its boxes, a remark
-
 RANKS = {"blank": 0, "underline": -1, "rule": -1}
 
 
 class Line(NamedTuple):
     """A line, and what it is part of."""
-
     start: int
     at: int                     # where its words start, behind the marks of quotes and items
     end: int
     kind: str                   # blank, text, underline, heading, line, fence, code, end, indented, head, rule, row
     block: int                  # where the words of its block's first line start
-    rank: int                   # of a cut before it: 4 after a blank line, 3 between blocks, 2 in an item, 1 in a block, 0 in a
+    rank: int                   # of a cut before it: 4 after a blank line, 3 between blocks, 2 in a box, 1 in a block, 0 in a
                                 # line, -1 none
     cost: int                   # how many of Telegram's blocks begin here
     boxes: tuple[str, ...]      # open quotes and items, each as the mark that it began with
@@ -4168,15 +4051,13 @@ def _read_line(text, last, start, end):
         kind = _kind_behind(text, last, before, text[at:end], kind)
         if kind in ("code", "end", "row") or kind == last.kind in ("text", "indented"):
             return Line(start, at, end, kind, last.block, -1 if kind == "end" else 1, kind == "row", last.boxes)
-    items = set(boxes[:going]) - {"> "}
-    rank = RANKS.get(kind, 2 if items else 3 + (last.kind == "blank"))
+    rank = RANKS.get(kind, 2 if going else 3 + (last.kind == "blank"))
     cost = begun + max(0, len(boxes) - len(last.boxes)) + (kind != "blank")      # items, their lists, words
     return Line(start, at, end, kind, last.at if kind == "rule" else at, rank, cost, boxes)
 
 
 def _kind_behind(text, last, before, line, kind):
-    """Return what a line is that begins no box, and would be of this kind by itself; `before` is the last one's kind, if that
-    is in the same boxes."""
+    """Return what a line is that begins no box, by itself is of this kind, and comes behind this one in the same boxes."""
     words = line.strip()
     if before in ("fence", "code"):
         is_end = re.fullmatch(rf"[ ]{{0,3}}{FENCE.match(text, last.block)[1]}+[ \t]*", line)
@@ -4201,14 +4082,13 @@ def _columns(row):
 
 
 def _signs(text):
-    """Yield what is no plain word, and where, with its kind: code and tables as their lines, and matches of SIGN in paragraphs
-    and cells."""
+    """Yield from where to where is no plain word, its kind, and the lines of code and tables, else the match of SIGN."""
     for _, block in itertools.groupby(_read(text), lambda line: line.block):
         lines = list(block)
         kind, start, end = lines[0].kind, lines[0].at, lines[-1].end
         if kind in BLOCKS:
             yield start, end, kind, lines
-        for words in WORDS[kind].finditer(text, start, end) if kind in WORDS else ():
+        for words in WORDS.get(kind, NOTHING).finditer(text, start, end):
             for sign in SIGN.finditer(text, *words.span()):
                 yield *sign.span(), sign.lastgroup, sign
 
@@ -4271,11 +4151,9 @@ CUT_TAG = re.compile(r"<send_file\s+path\s*=[^<>]*\Z")
 UNFINISHED = re.compile(r"<send_file\s(?:(?!<send_file\s|</send_file>|/>).)*\Z|<s?e?n?d?_?f?i?l?e?\Z", re.S)
 
 
-def visible_text(text: str, still_coming: bool = False, exists: Callable[[str], bool] = bool) -> tuple[str, list]:
-    """Return the text without its file tags, and the (path, caption) of each; a tag in code is text, and so is one in the
-    midst of a sentence whose file does not exist.  An unfinished tag at the end is hidden, while the text is still coming
-    also one whose caption may come.
-    """
+def visible_text(text: str, still_coming: bool = False, exists: Callable = bool) -> tuple[str, list]:
+    """Return the text without its file tags, and the (path, caption) of each; a tag in code is text, and so is one in the midst
+    of a sentence whose file does not exist.  An unfinished one is hidden, while the text comes also one without its caption."""
     if "<" not in text:
         return text, []
     files, changes = [], []
@@ -4290,7 +4168,6 @@ def visible_text(text: str, still_coming: bool = False, exists: Callable[[str], 
 
 # -- rich messages -----------------------------------------------------------------------------------------------------
 
-
 REFERENCE = re.compile(r"(?<!\\)!?\[(?P<label>[^\[\]\n]+)\](?:\[(?P<name>[^\[\]\n]*)\]|(?![(\[:]))")
 DEFINITION = re.compile(r"""^[ \t>]*\[(?!\^)(?P<name>[^\[\]\n]+)\]:[ \t]*<?(?P<url>[^\s<>`]+)>?"""
                         r"""(?:[ \t]+(?:"[^"\n]*"|'[^'\n]*'))?[ \t]*$""", re.M)
@@ -4299,8 +4176,8 @@ SAFE_URL = re.compile(r"https?://(?:[\w.-]+\.(?:[A-Za-z][A-Za-z\d-]+|[^\W\d_A-Za
 
 
 def rich_safe(text: str) -> str:
-    """Return Markdown that Telegram neither refuses nor garbles, and that makes it fetch nothing [tg 2.1-2.3]."""
-    text, changes = resolved(text), []
+    """Return Markdown, its links resolved, that Telegram neither refuses nor garbles nor fetches things for [tg 2.1-2.3]."""
+    changes = []
     for start, end, kind, what in _signs(text):
         if kind not in BLOCKS:
             changes.append((start, end, _safe_sign(what)))
@@ -4319,9 +4196,7 @@ def _safe_sign(sign):
         words = words.strip("<>")
         url = words.rstrip(".,;:!?'*~" + "_" * (sign["italic"] is not None))      # what ends the sentence
         return _linked(_escaped(url), url) + words[len(url):]
-    if kind == "mark":
-        return _escaped(words)
-    return {"start": words + "\\", "newline": "  \n", "br": " ", "empty": " "}.get(kind, words)
+    return {"start": words + "\\", "newline": "  \n", "br": " ", "empty": " ", "mark": _escaped(words)}.get(kind, words)
 
 
 def _safe_link(link):
@@ -4363,7 +4238,6 @@ def resolved(text: str) -> str:
 
 
 # -- cutting -----------------------------------------------------------------------------------------------------------
-
 
 def split_text(text: str, limit: int, short: float = math.inf, cost: float = math.inf) -> Iterator[str]:
     """Yield the text in pieces of at most `limit` UTF-16 units and of at most that `cost`, and of at most `short` where there
@@ -4552,9 +4426,9 @@ def _shake_hands(bot):
     try:
         info = as_dict(as_dict(agent.ready().agent).get("agentInfo"))
     except KiroFailure as failure:
-        raise KiroFailure(f"{failure}{agent.advice(failure)}") from failure
+        raise KiroFailure(agent.explain(failure)) from failure
     return (f"{info.get('name', 'the agent')} {info.get('version', '')} made a session; models: "
-            f"{', '.join(agent.model_names()) or 'none reported'}")
+            f"{', '.join(agent.models.offered) or 'none reported'}")
 
 
 FINDINGS = {"Kiro": _find_kiro, "Bot": _find_telegram, "Allowed": describe_allowed, "Folder": _make_folder,

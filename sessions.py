@@ -318,10 +318,10 @@ class SessionStore:
         holds = (self.get_note(f"session {session_id}") or "ended").split()
         return SessionFacts(*(fact in holds for fact in SessionFacts._fields))
 
-    def set_facts(self, session_id: str, ended: bool, taught: bool, in_sight: bool = False) -> None:
-        """Remember the facts of `get_facts`."""
-        holds = [fact for fact, is_so in zip(SessionFacts._fields, (ended, taught, in_sight)) if is_so]
-        self.set_note(f"session {session_id}", " ".join(holds) or "new")
+    def set_facts(self, session_id: str, **facts: bool) -> None:
+        """Remember that these facts hold, or do not; the others stay as they are."""
+        known = self.get_facts(session_id)._replace(**facts)._asdict()
+        self.set_note(f"session {session_id}", " ".join(filter(known.get, known)) or "new")
 
     def get_note(self, name: str) -> str:
         """Return what was noted under this name, or nothing."""

@@ -3808,10 +3808,10 @@ def test_a_free_place_goes_to_whoever_holds_fewest(telegram, bot):
     for thread in range(3, 7):
         telegram.wait_for(DRAFT, thread=thread, containing="Waiting for a free place")
     telegram.write("!say mine", user=BOB, thread=6)
-    telegram.wait_for(DRAFT, user=BOB, thread=6, containing="Waiting for a free place…")
+    telegram.wait_for(DRAFT, user=BOB, thread=6, containing="Waiting for a free place (ahead of you: 0)")
     bot.open_gate("go1")
     telegram.answer("mine", user=BOB, thread=6)
-    telegram.wait_for(DRAFT, thread=6, containing="Waiting for a free place, 2 ahead…")  # 4 and 5: now 3 has Bob's
+    telegram.wait_for(DRAFT, thread=6, containing="Waiting for a free place (ahead of you: 2)")  # 4 and 5: now 3 has Bob's
     bot.wait_prompt("!wait go3")
     for thread in range(2, 7):
         bot.open_gate(f"go{thread}")
@@ -3981,7 +3981,7 @@ MARKDOWN = [
 
 @pytest.mark.parametrize("source, sent", MARKDOWN, ids=lambda text: text[:30])
 def test_what_kiro_writes_means_the_same_to_telegram(source, sent):
-    assert program.rich_safe(source) == sent
+    assert program.rich_safe(program.resolved(source)) == sent
     assert program.rich_safe(sent) == sent
 
 
@@ -3998,7 +3998,7 @@ def test_what_is_markdown(text, is_rich):
 
 def rich_pieces(text):
     """The Markdown of the rich messages that a text becomes, before it is made safe."""
-    return program.split_text(program.resolved(text), program.RICH_LIMIT, program.RICH_SHORT, program.RICH_BLOCKS)
+    return program.split_text(program.resolved(text), *program.RICH_LIMITS)
 
 
 PHRASES = ["{}", "**{}**", "`{} $x`", "`` {} ` ``", "[{}](https://example.com/a_b)", "[{}](src/a.py)", "${}", "=={}==", "a||{}",
@@ -4041,7 +4041,7 @@ def test_of_no_document_is_a_word_lost_or_code_changed(seed):
     for _ in range(500):
         text = random_document(chance, iter(range(10**6)))
         wanted = re.findall(r"\b[wc]\d+", text)
-        safe = program.rich_safe(text)
+        safe = program.rich_safe(program.resolved(text))
         assert program.rich_safe(safe) == safe and re.findall(r"\b[wc]\d+", safe) == wanted
         assert set(re.findall(r"c\d+.*", text)) <= set(re.findall(r"c\d+.*", safe))
         limit = chance.choice([900, 2000, 4096])
@@ -4357,7 +4357,7 @@ def test_a_folder_that_no_topic_may_work_in_is_refused_with_the_reason(telegram,
                  str(bot.folder), "bot", "bot/workspaces/1001", str(bot.workspace(8)), f"{bot.workspace(8)}/deep",
                  str(bot.home), "home/.kiro", "home/.kiro/sessions", str(source.parent)):
         refused = command(telegram, f"/folder {path}")
-        assert f"not among the allowed folders: {source}" in refused.text and telegram.buttons(refused), path
+        assert f"not among the allowed folders.\n{source}" in refused.text and telegram.buttons(refused), path
         assert row_of(bot) == before
 
 
@@ -4378,7 +4378,7 @@ def test_a_chosen_folder_that_is_gone_is_told_and_never_made(telegram, bot):
     telegram.answer("echo: is it there?", thread=7)
     assert not (source / "website").exists()
     bot.restart(ALLOWED_FOLDERS=None)
-    assert "ALLOWED_FOLDERS" in ask(telegram, "/folder") and "none. Whoever runs" in ask(telegram, f"/folder {source}")
+    assert "ALLOWED_FOLDERS" in ask(telegram, "/folder") and "folders.\nWhoever runs" in ask(telegram, f"/folder {source}")
 
 
 @ahead
@@ -4566,7 +4566,7 @@ def test_a_nearly_full_context_is_told_once(telegram, bot):
     telegram.answer("85 %", thread=7)
     telegram.write("!context 90\n!say two", thread=7)
     telegram.answer("two", thread=7)
-    telegram.write("!compaction\n!say three", thread=7)
+    telegram.write("!compaction\n!context 90\n!say three", thread=7)
     telegram.answer("90 %", thread=7)
     hints = telegram.texts(containing="%")
     assert len(hints) == 2 and all("/new" in hint and "/compact" in hint for hint in hints)
@@ -4594,9 +4594,9 @@ def test_a_forwarded_command_is_a_text(telegram, bot):
 def test_what_looks_like_a_command_and_is_none_is_no_command_for_kiro(telegram, bot):
     telegram.send_file("document", b"x", name="a.txt", caption="/compact this", thread=7)
     telegram.answer("echo: [Message:]\n/compact this\n[File: ", thread=7)
-    text = "/new clear everything"
+    text = "/new /clear everything"
     telegram.post(thread=7, **with_entities(text, ("bot_command", "/new"), ("code", "everything")))
-    telegram.answer("echo: clear `everything`", thread=7)
+    telegram.answer("\n/clear `everything`", thread=7)
 
 
 def test_what_each_process_tells_anew_is_said_once(telegram, bot):
@@ -4794,7 +4794,7 @@ def test_an_edit_counts_when_words_have_changed(telegram, bot):
 # The tests: Kiro's faults
 # ---------------------------------------------------------------------------------------------------------
 
-SOON_STARTED = dict(SESSION_SECONDS=1.5, MISSING_SECONDS=1.5, MODEL_SECONDS=1.5)
+SOON_STARTED = dict(SESSION_SECONDS=1.5, MODEL_SECONDS=1.5)
 SOON_ENDED = dict(STOP_SECONDS=0.5, END_SECONDS=0.5, TERM_SECONDS=0.3, AFTERWORD_SECONDS=0.4)
 NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
 AGAIN = ["Ask again", "Drop"]
@@ -4889,8 +4889,7 @@ class Child(program.Process):
 
     def __init__(self, script):
         self.lines = []
-        mark = f"test.{os.getpid()}.{random.random()}"
-        super().__init__(mark, ["sh", "-c", script], env={**os.environ, program.PROCESS_MARK: mark})
+        super().__init__(read_settings({}), ["sh", "-c", script], None)
 
     def _take(self, line):
         self.lines.append(bytes(line))
@@ -4919,7 +4918,7 @@ def test_a_process_is_heard_to_its_last_word_and_nothing_of_it_stays():
     wait_until(child.gone.is_set)
     wait_until(lambda: child.lines[-1:] == ["the end"])
     assert child.lines[:2] == [b"one", b"two"] and len(child.lines[2]) == 3_000_000
-    assert child.lines[3:] == [b"three", b"four", "the end"] and child.how_it_ended() == "exit status 0: one"
+    assert child.lines[3:] == [b"three", b"four", "the end"] and child._how_it_ended() == "exit status 0: one"
     assert not any(map(child.owns, map(int, filter(str.isdigit, os.listdir("/proc")))))
     del child
     wait_until(lambda: open_files() <= before)
@@ -4939,13 +4938,20 @@ def test_a_process_ends_by_itself_or_is_ended(monkeypatch, script, patience, end
     wait_until(lambda: child.lines)
     child.end(patience)
     wait_until(lambda: "the end" in child.lines, 5)
-    assert child.how_it_ended().removesuffix(": Killed") == ended  # as some shells say of what they ran
+    assert child._how_it_ended().removesuffix(": Killed") == ended  # as some shells say of what they ran
+
+
+def test_what_has_no_time_left_is_killed_all_the_same():
+    with subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.01; done"], stdout=subprocess.PIPE) as stubborn:
+        stubborn.stdout.readline()
+        program.end_processes(lambda pid: pid == stubborn.pid, 0)
+        assert stubborn.wait(5) == -signal.SIGKILL
 
 
 def test_a_keeper_that_fails_takes_its_process_along(caplog):
     child = Child("echo choke; sleep 60")
     wait_until(lambda: child.lines[-1:] == ["the end"])
-    assert child.how_it_ended() == "signal 9" and "has failed" in caplog.text
+    assert child._how_it_ended() == "signal 9" and "has failed" in caplog.text
 
 
 def test_no_thread_for_a_keeper_means_no_process(monkeypatch):
@@ -4997,11 +5003,11 @@ def test_what_cannot_be_looked_at_is_not_known(monkeypatch, tmp_path):
     ({"code": -32602, "message": "Invalid params", "data": "no cwd"}, "Invalid params: no cwd", False),
     ({"code": -32603, "message": "Twice", "data": {"message": "Twice"}}, "Twice", False),
     ({"code": -32603, "message": "Internal error", "data": {"n": 1}}, "{'n': 1}", False),
-    ({"message": ["odd"], "data": 7}, "7", False), ({}, "an error without a text", False), ("just so", "just so", False),
+    ({"message": ["odd"], "data": 7}, "7", False), ({}, "{}", False), ("just so", "just so", False),
 ])
 def test_an_error_says_what_people_can_read(error, text, is_login):
     refusal = program.KiroRefusal(error)
-    assert (str(refusal), program.is_login(refusal)) == (text, is_login)
+    assert (str(refusal), program.is_login(refusal)) == (f"Kiro reports a problem.\n{text}", is_login)
 
 
 def turn(name, script, times, offered, texts):
@@ -5009,26 +5015,29 @@ def turn(name, script, times, offered, texts):
     return pytest.param(script, times, offered, texts, id=name)
 
 
+EXITED = "⚠️ Kiro has exited.\nAsk again; if that does not help, /new starts afresh.\n"
+PROBLEM = "⚠️ Kiro reports a problem.\n"
 TURNS = [
-    turn("exit status and stderr", "!exit 3 boom", 2, True, ["⚠️ Kiro has exited (exit status 3: boom)."]),
-    turn("exit without an error", "!exit 0", 2, True, ["⚠️ Kiro has exited (exit status 0)."]),
+    turn("exit status and stderr", "!exit 3 boom", 2, True, [f"{EXITED}exit status 3: boom"]),
+    turn("exit without an error", "!exit 0", 2, True, [f"{EXITED}exit status 0"]),
     turn("exit with long lines on stderr",
          "!exit 1 INFO: " + 900 * "x" + r"\n\nERROR: " + 900 * "y" + r"\nit broke", 2, True,
-         [f"⚠️ Kiro has exited (exit status 1: ERROR: {193 * 'y'}; it broke)."]),
-    turn("killed", "!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
-    turn("killed after a thought", "!thought hm\n!kill", 2, True, ["⚠️ Kiro has exited (signal 9)."]),
-    turn("killed after text", "!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+         [f"{EXITED}exit status 1: ERROR: {193 * 'y'}; it broke"]),
+    turn("killed", "!kill", 2, True, [f"{EXITED}signal 9"]),
+    turn("killed after a thought", "!thought hm\n!kill", 2, True, [f"{EXITED}signal 9"]),
+    turn("killed after text", "!say half\n!kill", 1, True, ["half", f"{EXITED}signal 9"]),
     turn("exit after text",
-         "!say half\n!exit 1 boom", 1, True, ["half", "⚠️ Kiro has exited (exit status 1: boom)."]),
+         "!say half\n!exit 1 boom", 1, True, ["half", f"{EXITED}exit status 1: boom"]),
     turn("killed while a tool runs",
-         "!tool execute Running: make\n!kill", 1, True, ["⚠️ Kiro has exited (signal 9)."]),
+         "!tool execute Running: make\n!kill", 1, True, [f"{EXITED}signal 9"]),
     turn("stdout closed", "!say half\n!close_stdout\n!silence", 1, True, ["half", "⚠️ Kiro has exited"]),
     turn("silent", "!silence", 1, True, ["⚠️ Kiro said nothing for 2 s"]),
     turn("silent after text", "!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s"]),
-    turn("a line of 33 MB", "!bigline 33", 1, True, ["⚠️ Kiro has exited (Kiro sent a line of more than 32 MB)."]),
-    turn("error", "!error -32603 The model 'X' is not available", 1, True, ["⚠️ The model 'X' is not available"]),
-    turn("error in an object", "!error_object -32603 Throttled", 1, True, ["⚠️ Throttled"]),
-    turn("error after text", "!say half\n!error -32603 Too long", 1, True, ["half", "⚠️ Too long"]),
+    turn("a line of 33 MB", "!bigline 33", 1, True, ["⚠️ Kiro has exited.\na line of more than 32 MB"]),
+    turn("error", "!error -32603 The model 'X' is not available", 1, True, [f"{PROBLEM}The model 'X' is not available"]),
+    turn("error in an object", "!error_object -32603 Throttled", 1, True,
+         [f"{PROBLEM}It may pass. Wait a little, then ask again.\nThrottled"]),
+    turn("error after text", "!say half\n!error -32603 Too long", 1, True, ["half", f"{PROBLEM}Too long"]),
     turn("nothing but a thought", "!thought hm", 1, False, ["Kiro has finished without saying anything."]),
     turn("nothing but a rate limit", "!rate_limit Too many requests", 1, False, ["Too many requests"]),
     turn("turn_end", "!say all\n!turn_end", 1, False, ["all"]),
@@ -5069,7 +5078,7 @@ TURNS = [
     turn("failed compaction",
          '!raw {"jsonrpc":"2.0","method":"_kiro.dev/compaction/status",'
          '"params":{"status":{"type":"failed","error":"too short"}}}', 1, False,
-         ["⚠️ The conversation could not be compacted: too short"]),
+         ["⚠️ The conversation could not be compacted; /new starts afresh.\ntoo short"]),
     turn("bad agent configuration",
          '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
          1, False, ["Kiro can't read an agent's configuration. Whoever runs this bot has to look at it.\nno such field", "ok"]),
@@ -5079,7 +5088,7 @@ TURNS = [
     turn("a process holds the pipes", "!spawn pipes\n!say ok", 1, False, ["ok"]),
     turn("a process in its own session", "!spawn setsid\n!say ok", 1, False, ["ok"]),
     turn("killed and a process holds the pipes",
-         "!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", "⚠️ Kiro has exited (signal 9)."]),
+         "!spawn setsid pipes\n!say half\n!kill", 1, True, ["half", f"{EXITED}signal 9"]),
 ]
 
 
@@ -5179,12 +5188,14 @@ def test_a_missing_kiro_is_told_and_found_again(telegram, bot):
     telegram.write("to be stopped", thread=1)
     telegram.stop(telegram.wait_for(DRAFT, thread=1, after=telegram.mark()))
     telegram.answer("⏹ Stopped before Kiro began", thread=1)
-    card = tell(telegram, "hello", 1, "⚠️ Kiro could not be started: No such file or directory")
+    card = tell(telegram, "hello", 1, ": No such file or directory")
+    assert card.text.startswith("⚠️ Kiro could not be started. Whoever runs this bot has to look at KIRO_COMMAND")
     away.rename(program)
     telegram.press(card, "Ask again")
     telegram.answer("echo: hello", thread=1)
     bot.workspace(2).write_text("a file where the folder should be")
-    card = tell(telegram, "hello", 2, f"⚠️ The folder {bot.workspace(2)} can't be made")
+    card = tell(telegram, "hello", 2, f"\n{bot.workspace(2)}: File exists")
+    assert card.text.startswith("⚠️ This topic's folder can't be used.")
     assert offers(telegram, card) == AGAIN
     bot.workspace(2).unlink()
     goes_on(telegram, 1, 2)
@@ -5272,11 +5283,11 @@ def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, bot):
     tell_each(telegram, "!recall", "before: hello", 7, 8)
     none_found = {"error": -32603, "data": {"details": "No previous sessions found for this project."}}
     bot.habits(load=none_found)
-    tell(telegram, "one", 7, "⚠️ No previous sessions found")
+    tell(telegram, "one", 7, f"{PROBLEM}No previous sessions found")
     refused = time.monotonic()
-    tell(telegram, "two", 7, "⚠️ No previous sessions found")  # too soon: the same trouble, perhaps
+    tell(telegram, "two", 7, f"{PROBLEM}This session refuses every message in the same way.")  # too soon: the same trouble, perhaps
     wait_until(lambda: time.monotonic() > refused + 0.6)
-    tell(telegram, "three", 7, f"its history is gone, a new one has begun. The folder is as it was. (The old session: {session})",
+    tell(telegram, "three", 7, f"its history is gone, a new one has begun. The folder is as it was.\nThe old session: {session}",
          "echo: three")
     bot.habits(load={"error": -32603, "message": "Session not found", "data": {"sessionId": session}, "times": 1})
     tell(telegram, "four", 7, "its history is gone", "echo: four")
@@ -5349,7 +5360,7 @@ def test_a_lock_whose_pid_means_nothing_here_is_not_touched(telegram, bot):
     tell(telegram, "!say half\n!kill", 7, "half", "⚠️ Kiro has exited")
     lock = session_path(bot, 7, "lock")
     bot.habits(lock_pid=999_999_998)
-    card = tell(telegram, "again", 7, f"remove {lock} on the server, or begin another session with /new")
+    card = tell(telegram, "again", 7, f"remove the lock.\nprocess 999999999: {lock}")
     assert lock.exists() and offers(telegram, card) == AGAIN
     tell(telegram, "/new", 7, "A new session")
     goes_on(telegram, 7)
@@ -5418,16 +5429,17 @@ STARTS = [
     ({"start": {"kill": True, "times": 1}}, "echo: hello", False),
     ({"start": {"junk": True, "big_line": 600}}, "echo: hello", False),
     ({"initialize": {"exit": 0, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, "⚠️ no such engine", True),
-    ({"new": {"exit": 0}}, "⚠️ Kiro has exited (exit status 0).", True),
+    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, f"{PROBLEM}no such engine", True),
+    ({"new": {"exit": 0}}, f"{EXITED}exit status 0", True),
     ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
     ({"auth_methods": [{"id": "x", "description": "run agent login"}, 17], "new": {"error": -32000, "message": "Who?"}},
-     "⚠️ Who?\nOn the server, as the bot's user: run agent login", True),
+     f"{PROBLEM}It is not logged in. On the server, as the bot's user: run agent login\nWho?", True),
     ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
     ({"agent_not_found": True}, NO_AGENT, False),
     ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
     ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"hang": True}}, "⚠️ Kiro did not answer initialize within 2 s.", True),
+    ({"initialize": {"hang": True}},
+     "⚠️ Kiro did not answer in time.\nAsk again; if that does not help, /new starts afresh.\ninitialize: no answer within 2 s", True),
 ]
 
 
@@ -5554,11 +5566,12 @@ def test_a_model_that_kiro_does_not_take_is_told(telegram, bot):
     tell(telegram, "/model claude-sonnet-4", 7, "Model for this topic")
     bot.habits(set_model={"hang": True})
     tell(telegram, "one", 7,
-         "⚠️ The model may not be claude-sonnet-4: Kiro did not answer session/set_model", "echo: one")
+         "⚠️ The model may not be claude-sonnet-4; /model offers others. Kiro did not answer in time.", "echo: one")
     bot.habits(set_model={"talk": True})
-    tell(telegram, "and", 7, "Kiro did not answer session/set_model", "echo: and")
+    tell(telegram, "and", 7, "session/set_model: no answer within", "echo: and")
     bot.habits(set_model={"error": -32603, "data": "Not for you"})
-    tell(telegram, "two", 7, "⚠️ The model may not be claude-sonnet-4: Not for you", "echo: two")
+    tell(telegram, "two", 7,
+         "⚠️ The model may not be claude-sonnet-4; /model offers others. Kiro reports a problem.\nNot for you", "echo: two")
     bot.habits(models=["auto", "other"])
     tell(telegram, "!model", 7,
          "The model claude-sonnet-4 is no longer offered; this topic is back to Kiro's own choice.", "model: auto")
@@ -5586,7 +5599,7 @@ def test_a_kiro_that_dies_with_an_open_question_takes_it_along(telegram, bot):
     telegram.write("!ask Running: make", thread=7)
     question = telegram.answer("make", thread=7)
     os.kill(bot.wire("in", "session/prompt")[0]["pid"], signal.SIGKILL)
-    telegram.answer("⚠️ Kiro has exited (signal 9).", thread=7)
+    telegram.answer(f"{EXITED}signal 9", thread=7)
     telegram.wait_for("editMessageText", containing="Refused")
     assert not telegram.buttons(question)
     goes_on(telegram, 7)
@@ -5624,7 +5637,7 @@ def test_a_process_left_in_the_group_without_our_mark_is_ended(telegram, bot):
 # ---------------------------------------------------------------------------------------------------------
 
 # Pauses that are a hundredth of the real ones, so that an outage of a second is one of minutes.
-HASTY = dict(RETRY_DELAYS=(0.05, 0.1, 0.2), CONFLICT_SECONDS=(0.05, 0.05), FLOOD_SECONDS=0.2, TIMEOUT=(1, 1),
+HASTY = dict(RETRY_AT_MOST=0.1, CONFLICT_SECONDS=(0.05, 0.05), FLOOD_SECONDS=0.2, TIMEOUT=(1, 1),
              JOURNAL_RETRY_SECONDS=0.3)
 
 
@@ -5758,7 +5771,7 @@ def test_what_telegram_refuses_as_rich_goes_plain(telegram, bot):
     assert len(telegram.find("sendMessage")) == 4 and len(telegram.find("sendRichMessage", ok=None)) == 3
 
 
-IMPATIENT = {**HASTY, "RETRY_DELAYS": (0.02, 0.05, 0.1), "ANSWER_SECONDS": 0.35, "HOLD_SECONDS": 0.5, "SAY_SECONDS": 0.35}
+IMPATIENT = {**HASTY, "RETRY_AT_MOST": 0.05, "ANSWER_SECONDS": 0.35, "HOLD_SECONDS": 0.5, "SAY_SECONDS": 0.35}
 
 
 @bot_with(IMPATIENT)
@@ -5772,8 +5785,8 @@ def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(
     in_workspace(bot, {"b.png": png()}, thread=8)
     telegram.write(f"!say **rich**\n!say {tag('b.png')}", thread=8)
     assert telegram.answer("**rich**", thread=8).method == "sendMessage"
-    assert "but it can't be sent: 500" in telegram.answer("Kiro wanted to send b.png", thread=8).text
-    told = telegram.answer("does not take a part of the answer: Bad Gateway", thread=7)
+    assert "but it can't be sent.\n500" in telegram.answer("Kiro wanted to send b.png", thread=8).text
+    told = telegram.answer("gives it up.\nBad Gateway", thread=7)
     telegram.write("!say next", thread=7)
     telegram.answer("next", thread=7)
     telegram.write("/status", thread=7)
@@ -5814,7 +5827,7 @@ def test_what_is_refused_in_a_topic_goes_to_the_chat_or_waits(telegram, bot):
     for thread in range(1, 1 + len(REFUSED_TOPICS)):
         telegram.answer(f"**answer {thread}**", thread=None)
     telegram.wait_until(lambda: len(telegram.texts(None)) == 3 * len(REFUSED_TOPICS), what="notices, answers and files")
-    assert all(times_said(telegram, f"closed ({description})") == 1 for description in REFUSED_TOPICS)
+    assert all(times_said(telegram, f"here.\n{description}") == 1 for description in REFUSED_TOPICS)
     blocked = telegram.fault("sendMessage", status=403, description="Forbidden: bot was blocked by the user", times=None)
     telegram.write("!say at last", thread=9)
     telegram.wait_until(lambda: blocked.hits, what="the refusal")
@@ -5825,14 +5838,6 @@ def test_what_is_refused_in_a_topic_goes_to_the_chat_or_waits(telegram, bot):
     assert blocked.hits - hits < 5
     blocked.end()
     telegram.answer("at last", thread=9)
-
-
-@bot_with(HASTY)
-def test_a_file_that_a_proxy_refuses_is_refused(telegram, bot):
-    telegram.fault("sendDocument", status=413, html=True, times=None)
-    telegram.write('!file a.txt hello\n!say <send_file path="a.txt"></send_file>', thread=7)
-    assert "Too Large (by a proxy on the way)" in telegram.answer("Kiro wanted to send a.txt, but", thread=7).text
-    assert len(telegram.find("sendDocument", ok=None)) == 1
 
 
 def test_the_answer_to_a_deleted_topic_goes_to_the_chat_and_says_so(telegram, bot):
@@ -6792,7 +6797,7 @@ def test_names_are_utf_8_whatever_the_locale(telegram, make_bot):
     assert list(uploads(bot)) == ["смета é.txt"]
 
 
-@bot_with(dict(RETRY_DELAYS=(0.05, 0.1, 0.2), GET_FILE_SECONDS=0.5))
+@bot_with(dict(RETRY_AT_MOST=0.1, GET_FILE_SECONDS=0.5))
 @ahead
 def test_files_that_cannot_be_had_are_named_and_the_rest_goes_on(telegram, bot):
     telegram.fault("download", status=500, when=lambda call: "voice" in call.params["path"])
@@ -6820,7 +6825,7 @@ def test_a_local_server_has_no_limit(telegram, bot, tmp_path):
     assert wait_uploads(bot, 1) == {"huge.iso": b"really large"}
 
 
-@bot_with(dict(RETRY_DELAYS=(0.15,), GET_FILE_SECONDS=1))
+@bot_with(dict(RETRY_AT_MOST=0.15, GET_FILE_SECONDS=1))
 @ahead
 def test_a_file_that_is_unavailable_for_a_moment_is_asked_for_again(telegram, bot):
     unavailable = "Bad Request: wrong file_id or the file is temporarily unavailable"
@@ -7047,7 +7052,7 @@ def test_files_are_sent_as_what_they_are(telegram, bot):
     assert "After." in text and "send_file" not in text
 
 
-@bot_with(dict(RETRY_DELAYS=(0.05,)))
+@bot_with(dict(RETRY_AT_MOST=0.05))
 def test_a_large_file_is_never_held_in_memory(telegram, bot):
     content = random.Random(1).randbytes(49 * MEGABYTE)
     in_workspace(bot, {"large": content})
@@ -7081,7 +7086,7 @@ def test_what_kiro_shows_beside_the_text_is_shown(telegram, bot):
               {"type": "image", "mimeType": "image/png", "data": "x"}, {"type": "image", "mimeType": [], "data": {}}, {"type": "text", "text": {}},
               {"type": "resource", "resource": []}, {"type": "resource_link", "uri": "http://[", "name": {}}]
     telegram.write("\n".join(["!say Look:", *(f"!block {json.dumps(block)}" for block in blocks), "!say the end"]), thread=7)
-    told = [telegram.answer(text, thread=7).text for text in ("Look:", "sent: it is outside", "image.png, but it can't be sent: ")]
+    told = [telegram.answer(text, thread=7).text for text in ("Look:", "sent.\nIt is outside", "image.png, but it can't be sent.\n")]
     assert "[a page](https://example.com/x)" in told[0] and "embedded" in told[0] and "the end" in told[0]
     assert [call.files["photo"][1] for call in telegram.find("sendPhoto")] == [png()]
     assert [call.files["document"] for call in telegram.find("sendDocument")] == [("c d.txt", b"linked")]
@@ -7096,7 +7101,7 @@ def test_get_sends_a_file_without_a_turn(telegram, bot):
     telegram.write("/get a b.txt", thread=7)
     assert telegram.wait_for("sendDocument", thread=7).files["document"] == ("a b.txt", b"hello")
     for path, why in (("/etc/passwd", "outside of this topic's folder"), ("../../..", "outside"), ("", "not a regular file"),
-                      ("none", "No such file"), (".", "not a regular file"), ("x\0y", "can't be sent"), ("x" * 300, "File name too long")):
+                      ("none", "there is no such file"), (".", "not a regular file"), ("x\0y", "can't be sent"), ("x" * 300, "File name too long")):
         assert why in ask(telegram, f"/get {path}")
     assert not bot.prompts()
     settle(bot)
@@ -7118,7 +7123,7 @@ def test_files_that_must_not_be_sent_are_refused(telegram, bot, tmp_path):
     assert [call.files["document"][1] for call in telegram.find("sendDocument")] == [b"fine"]
     told = telegram.texts(containing="Kiro wanted to send")
     assert "outside" in told[0]
-    assert all(reason in "".join(told) for reason in ("No such file", "regular file", "larger", "must be non-empty"))
+    assert all(reason in "".join(told) for reason in ("there is no such file", "regular file", "larger", "must be non-empty"))
     telegram.write("what now?", thread=7)
     telegram.answer("echo: what now?", thread=7)
     assert all(f"{path}: " in bot.prompts()[-1] for path in bad)
@@ -7159,7 +7164,7 @@ def test_a_folder_that_becomes_a_link_at_the_last_moment_is_noticed(tmp_path, mo
 
     monkeypatch.setattr(program.os, "open", swap_and_open)
     with pytest.raises(ValueError):
-        program.open_inside("d/f", str(workspace))
+        program._open_inside("d/f", str(workspace))
 
 
 def test_a_tag_in_a_sentence_about_tags_is_text(telegram, bot):
@@ -7412,6 +7417,7 @@ def update(session_update, **more):
 @ahead
 def test_what_was_changed_is_counted_and_can_be_looked_at(telegram, bot):
     telegram.write(update(DIFF) + update(DELETED) + update(DIFF, toolCallId="t3", status="failed", content=[])
+                   + update(DIFF, toolCallId="t4", content=[])      # names no file
                    + "!credits 0.5 0.25\n!say Both **done**.", thread=7)
     answer = telegram.answer("Both", thread=7)
     assert re.fullmatch(r"Both \*\*done\*\*\.\n\n\d s · 1 step · 2 files · 0.75 credits", answer.text)
@@ -7700,8 +7706,8 @@ def test_an_answer_takes_in_what_kiro_says():
     assert answer.text() == "one two\n\nthree" and not answer.has_ended
     hear("turn_end")
     assert answer.has_ended
-    parts = answer.parts(program.Outcome("⏹ Stopped.", stopped=True), "note", ["full"])
-    assert [part["text"] for part in parts] == ["note", "one two\n\nthree", "full"] and parts[1]["end"] == "⏹ Stopped."
+    parts = answer.parts(program.Outcome("⏹ Stopped.", stopped=True), "note", 0)
+    assert [part["text"] for part in parts] == ["note", "one two\n\nthree"] and parts[1]["end"] == "⏹ Stopped."
 
 
 def test_a_question_shows_what_the_call_said_before_too():
@@ -7730,7 +7736,7 @@ def test_an_answer_that_is_nothing_but_a_tool_call_says_what_that_said():
     for status in (None, "failed"):
         answer.hear("session/update", {"update": {"sessionUpdate": "tool_call_update", "toolCallId": "t", "title": "Compacting",
                     "status": status, "content": [{"content": {"text": "nothing to compact"}}]}})
-    assert answer.parts(program.Outcome(), "", [""]) == [program.plain_part("Compacting: failed\nnothing to compact")]
+    assert answer.parts(program.Outcome(), "", 0) == [program.plain_part("Compacting: failed\nnothing to compact")]
     before = len(answer._tools)
     for n in range(1000):
         answer.hear("session/update", {"update": {"sessionUpdate": "tool_call", "toolCallId": str(n), "title": "t"}})
@@ -7833,20 +7839,6 @@ def test_new_does_not_wait_for_a_warm_start(telegram, bot):
     goes_on(telegram, 7)
 
 
-@bot_with(WARM_SECONDS=0)
-def test_a_new_session_that_was_stopped_too_late_has_begun(telegram, bot):
-    ask(telegram, "hello")
-    ask(telegram, "/model claude-haiku-4.5")
-    old = row_of(bot)["session_id"]
-    bot.habits(set_model={"gate": "go"})
-    telegram.write("/new", thread=7)
-    bot.wait_wire("in", "session/set_model")
-    telegram.write("/stop", thread=7)
-    telegram.answer("✨ A new session has begun.", thread=7)
-    assert row_of(bot)["session_id"] != old
-    bot.open_gate("go")
-
-
 def test_what_is_offered_again_may_be_edited_first(telegram, bot):
     message = telegram.write("!error -32603 no way", thread=7)
     failed = telegram.answer("no way", thread=7)
@@ -7859,9 +7851,9 @@ def test_what_is_offered_again_may_be_edited_first(telegram, bot):
     assert not times_said(telegram, "came too late")
 
 
-@bot_with(dict(SAY_SECONDS=0.5))
 @ahead
 def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, bot):
+    bot.change("bot.Topic.say.__defaults__ = (), False, 0.5").restart()
     telegram.write("/new", thread=7)
     telegram.answer("new session", thread=7)
     telegram.fault("sendMessage", status=429, retry_after=30)
