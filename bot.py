@@ -33,7 +33,8 @@ Telegram.  *job*: what takes its place in the queue and is no prompt, such as /n
 Threads.  main: says what was found at the start, then waits for a signal, and every half second gives a sign of life to the
 kernel, which ends a program that something has frozen.  poll: `Poll.run`; it waits for Telegram's getUpdates (and
 deleteWebhook after a 409) and the database, nothing else.  errands: one for each topic that has commands to be answered,
-while it has, and for those that have presses, one for each file that is downloaded, and at the stop one that notes what
+while it has, and for those that have presses, one for each press to be acknowledged and each file to be downloaded, and at
+the stop one that notes what
 Kiro has said so far.  A conversation's own thread is an errand, too, for as long as it has work or a warm process; it alone
 calls Kiro and sends drafts and answers.  keeper: one for each child process; it reads, writes, sees the process and what
 that leaves behind to their end, and gives its place back.  timer: one for each thing that the journal did not take, and is
@@ -44,12 +45,13 @@ phase, what is asked and decided), `Places._lock`, `Bot._lock` (the tables of co
 `Bot.spawning` (no process starts unseen while the bot closes), and the database's own.  What is sent to Kiro is handed to its
 keeper by adding to a buffer, which is one step.  Read without a lock, each a single value that is replaced as a whole:
 `Bot.settings`, `Agent.models`, `commands` and `known`, `Kiro.open_prompt`, `Telegram.rich` and `drafts`, `Draft.stopped`,
-`Questions.open`, `Delivery.sending` and `tries`, `Conversation.changes`; is there anything in `Delivery.held`; for /status,
-what `Turn` and `Answer` tell; what Kiro has said so far, when the bot stops; and when Telegram takes something again, where
-a lost race costs one frame or one refusal.
+`Questions.open`, `Delivery.sending` and `tries`, `Conversation.turn` and `changes`, `Turn.phase`; is there anything in
+`Delivery.held`, in `Places._queue`, and of the last errand when the bot stops; for /status, what `Turn` and `Answer` tell;
+what Kiro has said so far, when the bot stops; and when Telegram takes something again, where a lost race costs one frame or
+one refusal.
 
-Types stand at the public surface: functions and methods whose names begin with an underscore carry none, and what returns
-nothing says nothing.
+Types stand at the public surface: functions and methods whose names begin with an underscore carry none; what may be anything,
+and what returns nothing, says nothing.
 
 Facts about Kiro and Telegram that the code relies on are marked [acp N] and [tg N]: section N of kiro-acp.md and of
 telegram.md, the developers' notes on kiro-cli's ACP mode and on the Bot API, which name their sources.
@@ -67,6 +69,7 @@ if __name__ == "__main__":
 
 import argparse
 import base64
+import copy
 import difflib
 import faulthandler
 import fcntl
@@ -100,7 +103,7 @@ from concurrent.futures import Future
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import IO, Callable, Iterable, Iterator, NamedTuple, Optional
 from urllib.parse import quote, unquote
 
 try:
@@ -290,9 +293,11 @@ NO_SUCH_MODEL = "Kiro has no model {!r}. The model stays {}. It offers: {}"
 SEEN = "👀"
 BUG = "⚠️ Something went wrong here. Your message is kept; I'll come back to it when I'm restarted, or send it again.\n{}"
 NO_DATABASE = "⚠️ I can't use my database, so Kiro has to wait. I'll keep trying.\n{}"
-TROUBLE = {"agent/not_found": "Kiro has no agent {requestedAgent!r} and uses {fallbackAgent!r}.",
+TROUBLE = {"agent/not_found": "Kiro has no agent {requestedAgent!r} and uses {fallbackAgent!r}. "
+                              "Whoever runs this bot can look at it.",
            "agent/config_error": "Kiro can't read an agent's configuration. Whoever runs this bot has to look at it.\n{error}",
-           "mcp/server_init_failure": "ℹ️ The MCP server {serverName} could not be started.\n{error}"}
+           "mcp/server_init_failure": "ℹ️ The MCP server {serverName} could not be started; Kiro goes on without it. "
+                                       "Whoever runs this bot can look at it.\n{error}"}
 SIGN_IN = "The MCP server {} wants you to sign in at {}:\n{}"
 SIGN_IN_AT = "Sign in at {}"
 SIGN_IN_HINT = "\nIf the page can't be reached then, sign in once on the server: kiro-cli chat there."
@@ -324,11 +329,11 @@ STOPPED = "⏹ Stopped."
 STOPPED_BEFORE = "⏹ Stopped before Kiro began."
 FAILED = "⚠️ {}"
 FAULT = "⚠️ Something went wrong here. Ask again, or write something else.\n{}"
-SILENT = "Kiro said nothing for {:.0f} s, so I ended it."
+SILENT = "Kiro said nothing for {:.0f} s, so I ended it. Ask again, or write something else."
 NOTHING_SAID = "Kiro has finished without saying anything."
 STOP_REASONS = {"cancelled": "ℹ️ Kiro ended this turn early (cancelled).",
-                "refusal": "ℹ️ Kiro declined to go on (refusal).",
-                "max_tokens": "ℹ️ The answer was cut off: the model's token limit.",
+                "refusal": "ℹ️ Kiro declined to go on (refusal). Ask in other words, or /new starts afresh.",
+                "max_tokens": "ℹ️ The answer was cut off: the model's token limit. Write “go on” to continue.",
                 "max_turn_requests": "ℹ️ Kiro stopped: too many steps in one turn. Write “go on” to continue."}
 LISTENING = "🎙 Listening…"
 HEARD = "🎙 {}"
@@ -339,7 +344,7 @@ CHOSEN = "→ {}"
 REFUSED_SINCE = "→ Refused: {}."
 TURN_OVER = "the turn is over"
 BEING_STOPPED = "stopped"
-NOT_ASKED = "it could not be asked"
+NOT_ASKED = "⚠️ A question of Kiro's could not be shown, so it was refused. Ask Kiro to do it in another way.\n{}\n{}"
 NOBODY_ANSWERED = "nobody answered for {:.0f} minutes"
 ASKS = "❓ Kiro asks: {}"
 DECLINED = "{}\nI declined: {}."
@@ -383,7 +388,7 @@ KIRO_LOGIN = "kiro-cli login --use-device-flow (or set KIRO_API_KEY); another ag
 TRY_AGAIN = "Ask again; if that does not help, /new starts afresh."
 WAIT_A_LITTLE = "It may pass. Wait a little, then ask again."
 REFUSES_ALL = "This session refuses every message in the same way. /new starts a fresh one, /compact may help too."
-EXITED = "Kiro has exited.\n{}"
+EXITED = "Kiro has exited. If it does so every time, whoever runs this bot has to look at it.\n{}"
 
 # -- of Answer and Reply -------------------------------------------------------------------------------------------------
 COMPACTION = {"started": "Compacting the conversation…", "completed": "The conversation was compacted.",
@@ -493,7 +498,7 @@ class Poll:
             return log.error("Who may use the bot stays as it was: %s", error)
         if allowed != settings.allowed:
             self._bot.settings = settings._replace(allowed=allowed)
-            log.info("Allowed from now on: %s", describe_allowed(self._bot))
+            log.info("Allowed from now on: %s", _describe_allowed(self._bot))
 
     def _take(self, updates):
         """Journal and hand over a batch.  Raises StoreError: it is not to be acknowledged."""
@@ -654,9 +659,6 @@ def thread_of(message: dict) -> int:
 # The bot: what all parts share
 # ======================================================================================================================
 
-LAST_WORDS = "last words"        # the errand of noting what Kiro has said, when the bot stops
-
-
 class Closing(Exception):
     """The bot is stopping: leave everything as it is."""
 
@@ -696,7 +698,7 @@ class Bot:
                 self.conversations[key] = Conversation(self, key)
             return self.conversations[key]
 
-    def errand(self, key: Any, action: Callable, *args: Any, **kwargs: Any):
+    def errand(self, key, action: Callable, *args, **kwargs):
         """Do something away from the calling thread.
 
         Errands of one key, a topic for one, run in order and take one thread at most, so that none holds up the others.
@@ -716,7 +718,7 @@ class Bot:
                 if not mine:
                     del self._errands[key]
 
-    def attempt(self, action: Callable, *args: Any):
+    def attempt(self, action: Callable, *args):
         """Do something whose failure must not keep others from what comes after it."""
         try:
             action(*args)
@@ -727,7 +729,7 @@ class Bot:
         except Exception:   # a bug
             log.exception("Something was not done")
 
-    def tell(self, key: tuple[int, int], text: str, *buttons: Any, silent: bool = False):
+    def tell(self, key: tuple[int, int], text: str, *buttons, silent: bool = False):
         """Say something in a topic, without waiting for it; a draft that it hides is sent anew."""
         conversation = self.conversation(*key)
         self.errand(key, conversation.chat.say, text, *buttons, silent=silent)
@@ -744,7 +746,7 @@ class Bot:
         """
         self.take(self.store.receive_own(user_id, thread_id, own_update(user_id, thread_id, text)))
 
-    def note(self, write: Callable, *args: Any):
+    def note(self, write: Callable, *args):
         """Write into the journal, late rather than never."""
         try:
             write(*args)
@@ -773,7 +775,7 @@ class Bot:
         end_orphans(self.settings.folder)
         for turn in self.store.unfinished():
             if turn.user_id in self.settings.allowed:
-                self.note(self.conversation(turn.user_id, turn.thread_id).finish_turn, turn)
+                self.attempt(self.note, self.conversation(turn.user_id, turn.thread_id).finish_turn, turn)
         for row in self.store.waiting():
             if row.user_id in self.settings.allowed:
                 self.attempt(self.take, row)
@@ -788,10 +790,10 @@ class Bot:
             kiro.cancel()
             kiro.end()
         for conversation in conversations:     # aside: the database may be locked by somebody for longer than we have
-            self.errand(LAST_WORDS, conversation.keep_partial)
+            self.attempt(self.errand, "last words", conversation.keep_partial)
         for deadline, grace in ((1.0, 0.4), (1.8, 0)):
             # also while a part is on its way: a stop between its arrival and its tick would send it twice
-            while (self.processes or LAST_WORDS in self._errands or any(c.delivery.sending for c in conversations)
+            while (self.processes or "last words" in self._errands or any(c.delivery.sending for c in conversations)
                    ) and time.monotonic() - began < deadline:
                 time.sleep(0.01)
             end_processes(lambda pid: is_ours(pid) or any(kiro.owns(pid) for kiro in list(self.processes)), grace)
@@ -816,7 +818,7 @@ def route(bot: Bot, incoming: Incoming):
     is_answered = command in ANSWERS and (command not in JOBS or conversation.agent.models.offered)
     if (command == "stop" and conversation.stop()      # at once: errands of the topic may be waiting
             or is_written and conversation.questions.hear(message.get("text", ""))):
-        bot.errand(key, bot.store.done, incoming.update_id)        # what stops says so, when it is true
+        bot.errand(key, bot.note, bot.store.done, incoming.update_id)      # what stops says so, when it is true
     elif not is_answered and (command in JOBS or any(contents(message))):
         conversation.add(incoming)
     else:
@@ -916,7 +918,10 @@ def _stop_sending(conversation, _):
 
 def _get_file(conversation, path):
     """Answer /get: send a file of the topic's folder, as Kiro can."""
-    refusal = conversation.delivery.upload({"path": path, "caption": ""}, silent=False)
+    try:
+        refusal = conversation.delivery.upload({"path": path, "caption": ""}, silent=False)
+    except TelegramError as error:
+        refusal = CANT_BE_SENT.format(error)
     return NOT_SENT.format(refusal) if refusal else "", []
 
 
@@ -947,7 +952,7 @@ def _remove(conversation, wanted):
     """Take back a waiting message: /status has a button for each."""
     removed = conversation.remove(wanted)
     if removed:
-        conversation.store.done(removed.update_id)
+        conversation.bot.note(conversation.store.done, removed.update_id)
     return REMOVED if removed else OVER, []
 
 
@@ -1042,7 +1047,7 @@ class Conversation:
 
     # -- for all threads -----------------------------------------------------------------------------------------------
 
-    def post(self, event: str, *args: Any):
+    def post(self, event: str, *args):
         """Have the conversation's thread call this `_on_` method."""
         self._events.put(functools.partial(getattr(self, f"_on_{event}"), *args))
 
@@ -1067,9 +1072,10 @@ class Conversation:
         if not is_answered:
             self.store.answer(turn.turn_id, [json.dumps(part) for part in self.delivery.card(turn)], offer=True)
         parts = [json.loads(body) for body in self.store.parts(turn.turn_id)]
-        outgoing = Outgoing(turn.turn_id, parts, turn.offer or not is_answered, former=is_answered)
+        is_tried = is_answered and parts and parts[0]["kind"] == "answer"      # to be formatted; not behind an unsent note
+        outgoing = Outgoing(turn.turn_id, parts, turn.offer or not is_answered, former=is_tried)
         self.bot.errand(self, self.delivery.send, outgoing)
-        self.bot.errand(self, self._run)
+        self.bot.errand(self, self.bot.errand, self, self._run)        # behind the other turns: it may run for long
 
     def edit(self, incoming: Incoming) -> bool:
         """Replace a waiting message by its edited version; return False when it does not wait."""
@@ -1118,7 +1124,7 @@ class Conversation:
     def keep_partial(self):
         """Keep what Kiro has said in a turn that is being cut off, for the card at the next start."""
         turn = self.turn
-        if turn and turn.turn_id is not None:  # also one that is over: its answer may not be journaled yet
+        if turn and turn.turn_id:              # also one that is over: its answer may not be journaled yet
             self.bot.note(self.store.keep_partial, turn.turn_id, turn.answer.text())
 
     # -- the thread ----------------------------------------------------------------------------------------------------
@@ -1141,7 +1147,7 @@ class Conversation:
                 self._idle()
         except (NoPlace, Closing):
             pass
-        except Stopped:                        # while the next process was being started
+        except Stopped:                        # while the next process was being started, or the database awaited
             self.agent.let_go(at_once=True)
         except Exception as error:   # a warm process; or a bug: the topic must hear of it, and the next message must work
             log.error("Conversation %s/%s: %s", *self.key, error, exc_info=not isinstance(error, (StoreError, KiroFailure)))
@@ -1152,23 +1158,22 @@ class Conversation:
     def _give_up(self, turn, error):
         """A turn has failed in an unforeseen way."""
         with self.lock:
-            if not turn.messages:
-                self.move(self.batch(), turn)
+            self.move(turn)
         self._close(turn)
         self.bot.tell(self.key, BUG.format(error))
 
     def _await_store(self, turn, error):
         """The database can't be used: nothing has begun, the messages wait on, and the next step tries again."""
         with self.lock:
-            if turn.phase is Phase.STOPPING:
-                return                 # it means its messages, and needs no database
+            turn.check_stop()                  # it means its messages, and needs no database
             self.waiting.extendleft(reversed(turn.messages))
             turn.messages = []
-        doing, turn.doing = turn.doing, NO_DATABASE.format(error)
+        turn.doing = NO_DATABASE.format(error)
         until = time.monotonic() + JOURNAL_RETRY_SECONDS
         while time.monotonic() < until:
-            self.wait(until)
-        turn.doing = doing
+            self.pump(until)                   # also when a job is next: `wait` would raise Stopped
+            turn.check_stop()
+        turn.doing = THINKING
 
     def _serve(self, turn):
         """Do what waits longest."""
@@ -1176,7 +1181,7 @@ class Conversation:
         with self.lock:
             job = self._next_job()
             if job:
-                self.move([job], turn)
+                self.move(turn)
         try:
             if job:
                 self.answer(job, _do)
@@ -1223,9 +1228,9 @@ class Conversation:
         is_job = self.waiting and not self.turn.messages and self.waiting[0].command in JOBS
         return self.waiting[0] if is_job else None
 
-    def move(self, batch: list[Incoming], turn: Turn):
-        """Make the messages that wait longest the turn's.  The lock is held."""
-        turn.messages = [self.waiting.popleft() for _ in batch]
+    def move(self, turn: Turn):
+        """Make what goes next the turn's, unless it has its messages.  The lock is held."""
+        turn.messages = turn.messages or [self.waiting.popleft() for _ in self.batch()]
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -1252,7 +1257,7 @@ class Conversation:
             if self._next_job():
                 raise Stopped
 
-    def aside(self, work: Callable[[], Any]) -> Any:
+    def aside(self, work: Callable):
         """Do something that takes its time as an errand, while draft and Stop go on; return its result."""
         outcome = Future()
 
@@ -1330,10 +1335,9 @@ class Conversation:
         seconds = time.monotonic() - turn.began
         parts = turn.answer.parts(outcome, self.notes.take(), seconds)
         try:
-            if turn.turn_id is None:
-                with self.lock:
-                    if not turn.messages:      # else they were taken, and could not be journaled
-                        self.move(self.batch(), turn)
+            if not turn.turn_id:
+                with self.lock:                # or they were taken, and could not be journaled
+                    self.move(turn)
                 turn.turn_id = self.store.begin(*self.key, [m.update_id for m in turn.messages])
         except StoreError as error:
             log.error("An answer can't be journaled and is sent all the same: %s", error)
@@ -1394,11 +1398,13 @@ def _do(conversation, argument):
 
 def _begin_new(conversation, message):
     """Answer /new: begin a session; what was written behind the command goes there."""
-    said = _begin_session(conversation)
-    if message and conversation.turn.phase is not Phase.STOPPING:
-        _, message = words(conversation.turn.messages[0].message).split(maxsplit=1)
-        rest = Incoming(conversation.store.receive_own(*conversation.key, own_update(*conversation.key, message)))
+    said, job = _begin_session(conversation), conversation.turn.messages[0]
+    if message:
+        conversation.turn.check_stop()
+        rest = copy.copy(job)
+        job.update_id = None                   # in the journal both are one message, which is done with the rest
         rest.command = ""                      # whatever it looks like
+        rest.message = {**job.message, "text": words(job.message).split(maxsplit=1)[1], "entities": []}
         with conversation.lock:                # before what was written after it
             conversation.waiting.appendleft(rest)
     return said
@@ -1483,10 +1489,12 @@ def _leave_to_terminal(conversation, _):
     agent.await_former()
     record = agent.record()
     line = record.session_id or NONE_YET
-    if is_kiro(settings):
+    if pid := lock_pid(line):                  # of a Kiro that was killed: the terminal's would respect it
+        agent.settle_lock(pid, line, math.inf)
+    if is_kiro(settings) and record.session_id:
         command = ["chat" if word == "acp" else word for word in settings.kiro_command]
         line = f"cd {shlex.quote(record.workspace_path)} && {shlex.join([*command, '--resume-id', line])}"
-    copy = [[(COPY, {"copy_text": types.CopyTextButton(line)})]] if len(line) <= COPY_LIMIT else []
+    copy = [[(COPY, {"copy_text": types.CopyTextButton(line)})]] * (len(line) <= COPY_LIMIT)
     return FOR_TERMINAL.format(line), copy
 
 
@@ -1520,6 +1528,7 @@ HTTPS = re.compile(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)+)(?::\d{1,5})?(?:[/?#][
 ANSWER_AT_MOST = 8 * 1024 * 1024         # characters; more is no answer but an accident
 TOOLS_KEPT = 100                # calls whose end was not told
 PLAN_WIDTH, PLAN_LENGTH = 80, 12         # characters of an entry, entries that /status shows
+ACTIVITY_WIDTH = 150            # characters
 PLAN_SIGNS = {"completed": "☑", "in_progress": "▸"}
 TIME_SHOWN_AFTER = 10           # seconds
 CHANGES_AT_MOST = 2 * 1024 * 1024        # characters
@@ -1570,8 +1579,7 @@ class Turn:
     def stop(self):
         """The user has stopped it, and means what would have gone to Kiro now.  The conversation's lock is held."""
         self.phase = Phase.STOPPING            # WAITING, ASKED -> STOPPING
-        if not self.messages:
-            self.conversation.move(self.conversation.batch(), self)
+        self.conversation.move(self)
 
     def check_stop(self):
         """Raise Stopped if it was stopped."""
@@ -1600,7 +1608,7 @@ class Turn:
 
     def _doing_now(self):
         """Return what Kiro does or what it waits for, and how far it is; without the time, which would always be news."""
-        return " · ".join(filter(None, [self._activity(), *self.answer.progress()]))
+        return " · ".join(filter(None, [one_line(self._activity(), ACTIVITY_WIDTH), *self.answer.progress()]))
 
     def _activity(self):
         if self.phase is Phase.OVER:
@@ -1622,7 +1630,7 @@ class Turn:
         try:
             return self._ask_or_again()
         except Stopped:
-            if self.turn_id is not None:
+            if self.turn_id:
                 return Outcome(STOPPED, stopped=True)
             return Outcome(STOPPED_BEFORE, offer=True, stopped=True) if self.messages else None
         except KiroFailure as failure:
@@ -1630,7 +1638,7 @@ class Turn:
                 conversation.bot.errand(conversation.key, conversation.bot.say_as, *conversation.key, "/folder")
             return Outcome(FAILED.format(self._agent.explain(failure)), offer=True)
         except Exception as error:   # a bug: it must not cost what Kiro has said, nor the message
-            if conversation.bot.closing.is_set() or isinstance(error, StoreError) and self.turn_id is None:
+            if conversation.bot.closing.is_set() or isinstance(error, StoreError) and not self.turn_id:
                 raise
             log.exception("A turn of %s/%s has failed", *conversation.key)
             return Outcome(FAULT.format(error), offer=True)
@@ -1653,7 +1661,7 @@ class Turn:
         """Get a process, send the prompt, listen."""
         self.check_stop()
         kiro, conversation = self._agent.ready(), self.conversation
-        if self.turn_id is None:
+        if not self.turn_id:
             self._take(kiro)
             self.turn_id = conversation.store.begin(*conversation.key, [m.update_id for m in self.messages])
         is_prompt = not self.messages[0].command
@@ -1681,7 +1689,7 @@ class Turn:
             with conversation.lock:
                 self.check_stop()
                 if batch == conversation.batch():      # else one has come, was edited, or taken back meanwhile
-                    return conversation.move(batch, self)
+                    return conversation.move(self)
 
     def _compose(self, kiro, batch):
         """Return the messages as ACP content blocks; their files are downloaded first."""
@@ -1736,10 +1744,11 @@ class Turn:
             self._questions.tend(now)
             self.conversation.pump(now + TURN_GLANCE_SECONDS)
         result = kiro.result(request_id) if request_id in kiro.responses else {}
+        self.end()                             # which may answer Kiro, before its stdin is closed
         self._agent.let_go()
         reason = result.get("stopReason")
         self._agent.turn_ended(kiro, properly=reason == "end_turn")
-        if self._cancelled_at is not None:
+        if self._cancelled_at:
             raise Stopped
         return Outcome(STOP_REASONS.get(reason, ""), offer=reason == "cancelled")
 
@@ -1775,12 +1784,12 @@ class Question:
     was chosen, or what was written.  What is `Final`, yielded or chosen, is the answer.
     """
 
-    def __init__(self, conversation: Conversation, kiro: Kiro, method: str, request_id: Any, params: dict):
+    def __init__(self, conversation: Conversation, kiro: Kiro, method: str, request_id, params: dict):
         self.conversation, self._kiro, self._request_id = conversation, kiro, request_id     # the last as it came
         script, self.cancelled = QUESTIONS[method]             # at the end of the turn
         self._script, self.refusal = script(self, params), self.cancelled     # when nobody decides
 
-    def go_on(self, value: Any):
+    def go_on(self, value):
         """Answer Kiro, or have something to ask."""
         questions = self.conversation.questions
         others = [question for question in questions.open if question is not self]
@@ -1791,8 +1800,8 @@ class Question:
         with self.conversation.lock:
             self.text, self.choices, self.takes_text = asked
             self.token = THIS_RUN + secrets.token_hex(4)
-            self.decision: Optional[tuple[str, Any]] = None    # what to say, and the value
-            self.message_id: Optional[int] = None              # once it is in the topic; 0 while it is being sent
+            self.decision = None                   # what to say, and the value
+            self.message_id = None                 # once it is in the topic; 0 while it is being sent
             self.asked_at = self.try_at = time.monotonic()     # when Kiro asked; when to try to ask the user (again)
             questions.open = [*others, self]
 
@@ -1802,8 +1811,8 @@ class Question:
         try:
             self.message_id = self.conversation.chat.ask(self.text, self._buttons())
         except Refused as error:
-            log.error("A question could not be asked: %s", error)
-            self.close(NOT_ASKED, self.refusal)
+            self.conversation.notes.add(NOT_ASKED.format(self.text, error))     # there is no message to say it
+            self.close("", self.refusal)
         except TelegramError:
             self.message_id, self.try_at = None, time.monotonic() + ASK_RETRY_SECONDS
 
@@ -1815,7 +1824,7 @@ class Question:
                for n, (label, value) in enumerate(self.choices)]
         return [row] if len(row) <= 3 and sum(len(label) for label, _ in row) <= ROW_LENGTH else [[button] for button in row]
 
-    def decide(self, outcome: str, value: Any) -> str:
+    def decide(self, outcome: str, value) -> str:
         """Note what a person has decided, and return what to say of it; nothing when that is too late.  The conversation's
         lock is held."""
         if self.decision or self.conversation.turn.phase is Phase.STOPPING:
@@ -1847,7 +1856,8 @@ def _permission(question, params):
             choices.append((str(option.get("name") or option["optionId"]), answer))
     question.refusal = of_kind.get("reject_once") or of_kind.get("reject_always") or question.cancelled
     if choices and conversation.bot.settings.ask_permission:
-        yield conversation.turn.answer.describe(as_dict(params.get("toolCall"))), choices, False
+        whole = [counted(label) for label, _ in choices if len(label) > LABEL_LIMIT]       # the buttons show their beginning
+        yield "\n".join([conversation.turn.answer.describe(as_dict(params.get("toolCall"))), *whole]), choices, False
     yield of_kind.get("allow_once") or of_kind.get("allow_always") or question.cancelled
 
 
@@ -2263,7 +2273,8 @@ class Places:
         """A process has gone."""
         with self._lock:
             self._held[conversation.key[0]] -= 1
-            self._wake()
+            for first in self._in_order()[:1]:     # with hundreds in the queue it is dear to wake all
+                first.post("wake")
 
     def keep_warm(self, conversation: Conversation):
         """Its process is not in use; it may be asked to give way."""
@@ -2485,6 +2496,8 @@ class Agent:
     def _new_session(self, kiro):
         """Make a session for this thread; the chosen model stays."""
         result = self.request(kiro, "session/new", {"cwd": kiro.workspace, "mcpServers": []}, SESSION_SECONDS)
+        if "sessionId" not in result:
+            raise KiroRefusal("the answer to session/new has no sessionId")
         self._opened(kiro, result["sessionId"], result)
 
     def _load_session(self, kiro, session_id):
@@ -2498,7 +2511,7 @@ class Agent:
                 since = self._refused.setdefault((session_id, _same_words(failure.said)), time.monotonic())
                 locked = LOCKED.search(failure.said)
                 if locked and not kiro.exit_noticed:
-                    self._settle_lock(int(locked[1]), session_id, limit)
+                    self.settle_lock(int(locked[1]), session_id, limit)
                 elif _is_lost(session_id, facts, failure, since):
                     log.warning("Session %s of %s/%s is lost: %s", session_id, *self._key, failure)
                     return False
@@ -2511,7 +2524,7 @@ class Agent:
         self._opened(kiro, session_id, result)
         return True
 
-    def _settle_lock(self, pid, session_id, limit):
+    def settle_lock(self, pid: int, session_id: str, limit: float):
         """Do what can be done about the process that holds a session's lock; return when loading may be tried again.
 
         A dying process of ours: nothing, its keeper ends it.  An orphan of ours: end it.  A dead process: remove its lock.
@@ -2625,7 +2638,7 @@ class Agent:
         if PASSING.search(failure.said):
             return WAIT_A_LITTLE
         before, self.known.refusal = self.known.refusal, _same_words(str(failure))
-        return REFUSES_ALL if before == self.known.refusal else ""
+        return REFUSES_ALL if before == self.known.refusal else TRY_AGAIN
 
 
 def _is_lost(session_id, facts, failure, since):
@@ -2860,9 +2873,13 @@ class Process:
 
     def _drain(self):
         data = self._popen.stderr.read(65536)
-        self.stderr = (self.stderr + data.decode(errors="replace"))[-STDERR_KEPT:]
+        self._keep_words(data)
         if not data:
             self._close(self._popen.stderr)
+
+    def _keep_words(self, data):
+        said = re.sub(r"\x1b\[[\d;]*m", "", self.stderr + data.decode(errors="replace"))     # without colours
+        self.stderr = said[-STDERR_KEPT:]
 
     def owns(self, pid: int) -> bool:
         """Is that process this one, or of those that it has started?  kiro-cli does not pass signals on [acp 4.2]."""
@@ -2912,7 +2929,7 @@ class Transcriber(Process):
         self._conversation.post("wake")
 
 
-def end_processes(are_meant: Callable[[int], bool], seconds: float, wait: Callable[[float], Any] = time.sleep):
+def end_processes(are_meant: Callable, seconds: float, wait: Callable = time.sleep):
     """TERM for all processes that are meant, and for those that do not end within so many seconds KILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         told = set()
@@ -2982,7 +2999,7 @@ class Kiro(Process):
             raise KiroRefusal(frame["error"])
         return frame.get("result", {})
 
-    def respond(self, request_id: Any, result: dict):
+    def respond(self, request_id, result: dict):
         """Answer a request of Kiro's."""
         self._send({"id": request_id, "result": result})
 
@@ -3006,8 +3023,7 @@ class Kiro(Process):
         try:
             frame = as_dict(json.loads(line))
         except (ValueError, RecursionError):     # maybe its last words
-            self.stderr += line[:STDERR_LINE_AT_MOST].decode(errors="replace") + "\n"
-            return
+            return self._keep_words(line[:STDERR_LINE_AT_MOST] + b"\n")
         self.heard_at = time.monotonic()
         _shape(frame, FRAME)
         method, params, number = frame.get("method"), frame.get("params", {}), frame.get("id")
@@ -3064,22 +3080,22 @@ def _child_environment(settings, mark):
             MARK: f"{_identity(os.getpid())} {mark} {settings.folder}"}
 
 
-def finite(value: Any) -> Optional[float]:
+def finite(value) -> Optional[float]:
     """Return a number that can be reckoned with and shown, or None: JSON's may be of any size."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e15 else None
 
 
-def as_dict(value: Any) -> dict:
+def as_dict(value) -> dict:
     """Return the value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-def without_none(value: Any) -> dict:
+def without_none(value) -> dict:
     """Return what an object says, without what it leaves open."""
     return {name: field for name, field in as_dict(value).items() if field is not None}
 
 
-def as_list(value: Any) -> list:
+def as_list(value) -> list:
     """Return the value if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
 
@@ -3127,15 +3143,15 @@ def is_empty(session_id: str) -> bool:
 
 def is_ours(pid: int) -> bool:
     """Has this process started it, or what it has started?"""
-    return _marks(pid)[0] == _identity(os.getpid())
+    owner = _marks(pid)[0]
+    return owner != "" and owner == _identity(os.getpid())
 
 
 def end_orphans(folder: Path):
     """End all that former runs of this folder's bot have left behind."""
     def is_orphan(pid):
-        owner, _, its_folder = _marks(pid)
-        lives = owner == _identity(owner.partition(".")[0])
-        return its_folder == str(folder) and not lives and pid != os.getpid()     # Kiro may have started this bot
+        owner, _, its_folder = _marks(pid)     # not this bot itself, if Kiro has started it
+        return its_folder == str(folder) and owner != _identity(owner.partition(".")[0]) and pid != os.getpid()
 
     if pids := _running(is_orphan):
         log.warning("Ending what a former run has left behind: processes %s", pids)
@@ -3150,9 +3166,9 @@ def runs_as_kiro(pid: int, settings: Settings) -> bool:
 
 
 def remove_lock(session_id: str, pid: int):
-    """Remove the session's lock if it names this process, which is dead or no Kiro."""
+    """Remove the session's lock if it names this process, which is dead or no Kiro, or nobody: its writing was cut off."""
     try:
-        if lock_pid(session_id) == pid:
+        if lock_pid(session_id) in (pid, None):
             session_file(session_id, "lock").unlink(missing_ok=True)
             log.info("Removed the lock that process %s left on session %s", pid, session_id)
     except OSError as error:
@@ -3174,7 +3190,8 @@ STATE, START_TIME = 0, 19     # fields of /proc/PID/stat after the name
 
 def _proc(pid, name):
     try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except OSError:
         return b""
 
@@ -3222,6 +3239,7 @@ class Answer:
         self._files = []                       # what it sent beside the text, as parts
         self._attempt = 0                      # how many pieces were there when Kiro's present attempt began
         self._gap = False                      # a tool or the like lies between the last piece and the next
+        self._message_id = None                # of the last piece, where the agent tells
         self._tools = {}                       # calls that have not ended, by id
         self._last_tool = ""                   # the last one that did, and how
         self._changes = {}                     # by file: what Kiro's tools did to it, as lines with - and +
@@ -3231,6 +3249,8 @@ class Answer:
         update = as_dict(params.get("update")) or params       # ACP's own, or an extension's
         kind = update.get("sessionUpdate") or method.removeprefix("_kiro.dev/")
         if kind == "agent_message_chunk" and self.length <= ANSWER_AT_MOST:
+            before, self._message_id = self._message_id, update.get("messageId", self._message_id)
+            self._gap |= before != self._message_id
             self._hear_block(as_dict(update.get("content")))
         elif kind in ("tool_call", "tool_call_update"):
             self._hear_tool(update)
@@ -3337,8 +3357,8 @@ class Answer:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             if text not in (title, title.partition(": ")[2]):
                 lines.append(f"{name}: {text}" if name else text)
-        lines += _content_texts(tool_call.get("content"))
-        lines += _content_texts(before.get("content"))
+        for told in tool_call, before:
+            lines += _content_texts(told.get("content"))
         shown = "\n".join(map(counted, dict.fromkeys(lines)))
         paths = (str(as_dict(place).get("path") or "") for place in as_list(call.get("locations")))
         return counted("\n".join([shown, *(path for path in paths if path not in shown)]), QUESTION_LIMIT)
@@ -3420,7 +3440,7 @@ class Outgoing(NamedTuple):
     turn_id: Optional[int]
     parts: list[dict]                          # what is left of it
     offer: bool
-    former: bool = False                       # a former run began to send it
+    former: bool = False                       # a former run may have died of formatting it
 
 
 class Delivery:
@@ -3509,7 +3529,7 @@ class Delivery:
     def _buttons(self, outgoing):
         """Return the buttons of an answer's last message; none for a turn that could not be journaled."""
         turn_id, conversation = outgoing.turn_id, self._conversation
-        if turn_id is None:
+        if not turn_id:
             return []
         rows = [[(ASK_AGAIN, f"again:{turn_id}"), (DROP, f"drop:{turn_id}")]] * outgoing.offer
         changed = [(str(turn_id), CHANGES)] if conversation.changes.get(str(turn_id)) else []
@@ -3593,7 +3613,7 @@ NO_PREVIEW = types.LinkPreviewOptions(is_disabled=True)
 NO_DRAFTS = re.compile(r"^404|^400.*method|TEXTDRAFT")         # a server that does not know them
 ABOUT_TOPIC = re.compile(r"(?i)thread|TOPIC_|rights")       # in a refusal; there are more ways to say it
 
-Buttons = list[list[tuple[str, Any]]]   # rows of (label, data), or (label, what telebot's button gets instead of data)
+Buttons = list[list[tuple]]              # rows of (label, data), or (label, what telebot's button gets instead of data)
 
 
 class Link(str):
@@ -3653,7 +3673,7 @@ class Telegram:
         apihelper.API_URL = settings.api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self._post
 
-    def call(self, method: Callable, *args: Any, chat: Optional[int] = None, **kwargs: Any) -> Any:
+    def call(self, method: Callable, *args, chat: Optional[int] = None, **kwargs):
         """Call a function of telebot's apihelper once; return Telegram's result as it came.  Raises TelegramError."""
         if (closed := self._closed_until[chat] - time.monotonic()) > 0:
             raise TooManyRequests(closed)
@@ -3679,12 +3699,12 @@ class Telegram:
             raise Fault(description)
         raise (Conflict if code == 409 else Refused)(code, description)
 
-    def insist(self, method: Callable, *args: Any, chat: int, seconds: float = SAY_SECONDS, **kwargs: Any) -> Any:
+    def insist(self, method: Callable, *args, chat: int, seconds: float = SAY_SECONDS, **kwargs):
         """Call until there is a definite answer, for so many seconds; what was lost on the way is sent again.  Raises
         TelegramError, Refused also where the server fails at nothing but this, and Closing when the bot is stopping."""
         limit, wait = time.monotonic() + seconds, 0.0
         for failures in itertools.count():
-            self.pause(wait)
+            self._pause(wait)
             try:
                 return self.call(method, *args, chat=chat, **kwargs)
             except (TooManyRequests, Unreachable) as error:
@@ -3696,7 +3716,7 @@ class Telegram:
                         raise Refused(500, str(error)) from error
                     raise
 
-    def pause(self, seconds: float):
+    def _pause(self, seconds):
         """Wait.  Raises Closing when the bot is stopping."""
         if self._closing.wait(seconds):
             raise Closing
@@ -3766,7 +3786,7 @@ class Topic:
 
     def frame(self, draft_id: int, said: str, status: str) -> bool:
         """Show what was said so far, and what goes on, once: the next frame is soon due.  Return False if that was in vain."""
-        text = paragraphs(tail(said, DRAFT_LIMIT - 300), tail(status, 200)) or "…"
+        text = paragraphs(tail(said, DRAFT_LIMIT - 300), tail(status, 300)) or "…"
         call = functools.partial(self._telegram.call, chat=self._user_id, message_thread_id=self._thread_id)
         try:
             if self._telegram.drafts:
@@ -3794,7 +3814,7 @@ class Topic:
             parts[PARTS_SHOWN:-PARTS_SHOWN] = [{"kind": "file", "path": "answer.md", "caption": caption, "text": text}]
         return parts
 
-    def send(self, part: dict, buttons: Buttons, **how: Any) -> list[dict]:
+    def send(self, part: dict, buttons: Buttons, **how) -> list[dict]:
         """Send a part of an answer; return what has to go instead: of a plain one there is nothing.  Raises TelegramError."""
         kind, text, how["reply_markup"] = part["kind"], part["text"], _markup(buttons)
         try:
@@ -3832,7 +3852,7 @@ class Topic:
         self._gone = True
         return self._post(method, content, **how)
 
-    def say(self, text: str, buttons: Buttons = (), silent: bool = False, seconds: float = SAY_SECONDS) -> Any:
+    def say(self, text: str, buttons: Buttons = (), silent: bool = False, seconds: float = SAY_SECONDS):
         """Send a message of the bot's own, in several if it is long; return the last.  Raises TelegramError."""
         *before, last = split_text(counted(text, QUESTION_LIMIT), PLAIN_LIMIT - 200)       # room for an outcome
         for piece in before:
@@ -4384,7 +4404,7 @@ def _find_telegram(bot):
     return f"@{me.get('username')}, topics are {topics}"
 
 
-def describe_allowed(bot: Bot) -> str:
+def _describe_allowed(bot):
     """Say who may use the bot."""
     return ", ".join(map(str, sorted(bot.settings.allowed))) or NOBODY
 
@@ -4424,14 +4444,14 @@ def _shake_hands(bot):
     """Start Kiro, make a session, and say what it offers.  Raises KiroFailure."""
     agent = bot.own.agent
     try:
-        info = as_dict(as_dict(agent.ready().agent).get("agentInfo"))
+        info = agent.ready().agent.get("agentInfo", {})
     except KiroFailure as failure:
         raise KiroFailure(agent.explain(failure)) from failure
     return (f"{info.get('name', 'the agent')} {info.get('version', '')} made a session; models: "
             f"{', '.join(agent.models.offered) or 'none reported'}")
 
 
-FINDINGS = {"Kiro": _find_kiro, "Bot": _find_telegram, "Allowed": describe_allowed, "Folder": _make_folder,
+FINDINGS = {"Kiro": _find_kiro, "Bot": _find_telegram, "Allowed": _describe_allowed, "Folder": _make_folder,
             "Database": _look_into_database}
 
 
@@ -4457,7 +4477,7 @@ class Terminal(Topic):
 
     _shown = ""                                # of the answer that comes
 
-    def frame_wait(self, last: Optional[float], now: float) -> float:
+    def frame_wait(self, last: float, now: float) -> float:
         """Return 0: a piece may be printed at any time."""
         return 0
 

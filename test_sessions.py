@@ -124,7 +124,7 @@ class Habits:
         permission_ids     "hyphens": allow-once           refusal   "cancelled": a refused tool ends the turn
 
     A mishap is an object with any of `delay` (seconds), `gate` (name), `stderr` (text), `junk` (true),
-    `big_line` (kB), `kill` (true), `exit` (code), `error` (code, with `message` and `data`), `hang` (true: no
+    `babble` (lines), `big_line` (kB), `kill` (true), `exit` (code), `error` (code, with `message` and `data`), `hang` (true: no
     answer; of a cancel, the only one), `talk` (true: no answer, but something else all the time), `deaf` (true:
     nothing is read from stdin after this step) and `times` (only so often, over all processes).
     """
@@ -301,7 +301,7 @@ class Reply:
         self.frame = None
 
 
-class Agent:
+class StandInKiro:
     """The stand-in as a process: reads frames on the main thread, each request is answered on its own."""
 
     def __init__(self):
@@ -360,6 +360,8 @@ class Agent:
                 os.write(2, mishap["stderr"].encode() + b"\n")
             if "junk" in mishap:
                 self.send_junk()
+            if "babble" in mishap:
+                self.wire.write_line(b"\n".join([b"A line of a log. " * 6] * mishap["babble"]))
             if "big_line" in mishap:
                 padding = "x" * (mishap["big_line"] * 1024)
                 self.notify("_kiro.dev/commands/available", commands=[{"name": "/x", "description": padding}])
@@ -434,7 +436,7 @@ class Agent:
         check_prompt(field(params, "prompt", list), self.habits.get("image", True))
         if session.turn:
             raise Violation("Prompt already in progress")
-        session.turn = Turn(self, session, frame["id"], params["prompt"])
+        session.turn = PlayedTurn(self, session, frame["id"], params["prompt"])
         return session.turn.run
 
     # -- frames out
@@ -445,7 +447,7 @@ class Agent:
         try:
             if respond is None:
                 raise Refusal(-32601, "Method not found", frame["method"])
-            if not self.initialized and respond is not Agent.initialize:
+            if not self.initialized and respond is not StandInKiro.initialize:
                 raise Violation(f"{frame['method']} before initialize was answered")
             if not self.suffer(mishaps):
                 respond(self, frame["id"], frame.get("params"))
@@ -777,7 +779,7 @@ class TurnOver(Exception):
         self.stop_reason = stop_reason
 
 
-class Turn:
+class PlayedTurn:
     """One prompt and its answer: carries out the directives in the prompt's text."""
 
     def __init__(self, agent, session, request_id, prompt):
@@ -844,7 +846,7 @@ class Turn:
             self.stream(DEMO.format(text=text), 8, 0.02)
 
     def usage(self):
-        documents = [method.__doc__ for name, method in vars(Turn).items() if name.startswith("do_")]
+        documents = [method.__doc__ for name, method in vars(PlayedTurn).items() if name.startswith("do_")]
         return "\n".join(f"- {' '.join(document.split())}" for document in documents)
 
     def end(self, stop_reason):
@@ -1207,7 +1209,7 @@ class Turn:
 
 
 if __name__ == "__main__" and sys.argv[1:2] not in (["bench"], ["load"], ["kills"], ["watch"], ["nursery"]):
-    Agent().run()
+    StandInKiro().run()
 
 # ---------------------------------------------------------------------------------------------------------
 # The stand-in Telegram: what it keeps
@@ -1889,7 +1891,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 @dataclass
-class Fault:
+class TelegramFault:
     """Something that goes wrong with the calls of one method."""
 
     method: str  # "*" for all but getUpdates
@@ -1928,7 +1930,7 @@ def json_answer(status, body):
     return status, "application/json", json.dumps(body).encode()
 
 
-class Telegram(BotApi):
+class StandInTelegram(BotApi):
     """The server as the tests see it: its calls, the people who write to the bot, and its faults."""
 
     def __init__(self):
@@ -2054,7 +2056,7 @@ class Telegram(BotApi):
 
     def fault(self, method, **how):
         """Let the next calls of `method` go wrong; see Fault for how."""
-        fault = Fault(method, **how)
+        fault = TelegramFault(method, **how)
         with self.changed:
             self.faults.append(fault)
         return fault
@@ -2268,7 +2270,7 @@ class Telegram(BotApi):
                     and (containing is None or containing in call.text)
                     and (when is None or when(call))]
 
-    def wait_until(self, condition, timeout=10, what="the condition"):
+    def wait_until(self, condition, timeout=20, what="the condition"):
         """Wait for `condition()` to be true, looking again after each call; returns what it returned."""
         deadline = time.monotonic() + timeout
         with self.changed:
@@ -2279,7 +2281,7 @@ class Telegram(BotApi):
                 self.changed.wait(min(remaining, 0.05))
             return result
 
-    def wait_for(self, method=None, *, timeout=10, count=1, **which):
+    def wait_for(self, method=None, *, timeout=20, count=1, **which):
         """Wait for a call; returns it, or the `count`-th of them. See find() for which."""
         what = f"{method or 'a lasting message'} ({which})"
         return self.wait_until(lambda: self.find(method, **which)[count - 1:], timeout, what)[0]
@@ -2319,7 +2321,7 @@ PATH = os.environ["PATH"]  # which a test may change while bots start for others
 KIRO_COMMAND = f"{shlex.quote(sys.executable)} -S -m {Path(__file__).stem} acp --agent-engine v2"
 
 
-def wait_until(condition, timeout=10, what="the condition"):
+def wait_until(condition, timeout=20, what="the condition"):
     """Wait for `condition()` to be true; returns what it returned. For what announces nothing: processes, files."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):
@@ -2332,11 +2334,10 @@ def wait_until(condition, timeout=10, what="the condition"):
 def processes_of(folder):
     """The living processes whose control folder is this one, or in it: bots, agents, and what those have left."""
     mark, found = b"\0KIRO_STAND_IN=" + os.fsencode(folder) + b"/", set()
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in b"\0" + (process / "environ").read_bytes().replace(b"\0", b"/\0"):
-                    found.add(int(process.name))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:
+            if mark in b"\0" + environ.read().replace(b"\0", b"/\0"):
+                found.add(int(pid))
     return found
 
 
@@ -2415,7 +2416,9 @@ class Newborn:
 def nursery():
     """The nursery's process: have a bot for each request, until there are no more."""
     import bot
+    import gc
     import sessions
+    gc.freeze()  # what is here already is looked at by nobody, and so need not be copied
     requests = socket.socket(fileno=os.dup(0))
     os.umask(0o022)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the nurses
@@ -2446,7 +2449,7 @@ def nurse(request, names):
     names["bot"].start(arguments)
 
 
-class Bot:
+class RunningBot:
     """The bot in a folder of its own; settings are given as keywords and written to its `.env`."""
 
     nursery = None  # where bots come from; without one each is `python bot.py`
@@ -2537,14 +2540,14 @@ class Bot:
             said = [os.pread(file.fileno(), 10**6, 0).decode() for file in (stdout, stderr)]
         return subprocess.CompletedProcess(arguments, status, *said)
 
-    def stop(self, timeout=5, by=signal.SIGTERM):
+    def stop(self, timeout=15, by=signal.SIGTERM):
         """End the bot in the orderly way; returns the seconds that it took."""
         begun = time.monotonic()
         self.process.send_signal(by)
         self.ended(timeout)
         return time.monotonic() - begun
 
-    def ended(self, timeout=5):
+    def ended(self, timeout=15):
         """Wait for the bot to end; returns its exit status."""
         try:
             return self.process.wait(timeout)
@@ -2601,7 +2604,7 @@ class Bot:
     def log(self):
         return self.log_path.read_text(errors="replace")
 
-    def wait_log(self, text, timeout=10):
+    def wait_log(self, text, timeout=20):
         wait_until(lambda: text in self.log(), timeout, lambda: f"{text!r} in the log:\n{self.log()}")
 
     def database(self, query="SELECT * FROM sessions", *values):
@@ -2658,7 +2661,7 @@ class Bot:
         own = {self.process.pid} if self.process else set()
         return processes_of(self.control) - own
 
-    def wait_agents(self, count, timeout=10):
+    def wait_agents(self, count, timeout=20):
         """Wait until exactly so many processes are there; returns their pids."""
         wait_until(lambda: len(self.agents()) == count, timeout, lambda: f"{count} agents rather than {self.agents()}")
         return self.agents()
@@ -2681,7 +2684,7 @@ class Bot:
             self.frames.extend(json.loads(line) for line in whole.splitlines())
             self.frames_read += len(whole)
 
-    def wait_wire(self, direction="in", method=None, *, count=1, timeout=10, pid=None, when=None):
+    def wait_wire(self, direction="in", method=None, *, count=1, timeout=20, pid=None, when=None):
         """Wait for an entry of the wire; returns it, or the `count`-th of them."""
         return wait_until(lambda: self.wire(direction, method, pid, when)[count - 1:], timeout,
                           lambda: f"{direction} {method}, {count} times, on the wire; it has\n{self.recent_wire()}")[0]
@@ -2694,7 +2697,7 @@ class Bot:
         return ["\n".join(block.get("text", f"[{block['type']}]") for block in entry["frame"]["params"]["prompt"])
                 for entry in self.wire("in", "session/prompt")]
 
-    def wait_prompt(self, containing, timeout=10):
+    def wait_prompt(self, containing, timeout=20):
         """Wait for a prompt with this text; returns its entry of the wire."""
         return self.wait_wire("in", "session/prompt", timeout=timeout,
                               when=lambda entry: containing in json.dumps(entry["frame"], ensure_ascii=False))
@@ -2716,7 +2719,7 @@ class Typist:
         self.process.wait()
         os.close(self.screen)
 
-    def type(self, keys, until="> ", timeout=10):
+    def type(self, keys, until="> ", timeout=20):
         """Type this, and wait for a text on the screen; returns all that came up to it."""
         os.write(self.screen, keys.encode())
         shown, deadline = b"", time.monotonic() + timeout
@@ -2737,8 +2740,8 @@ ROUNDS = 15
 
 def bench():
     """Measure the bot between the stand-ins, with an agent as slow as Kiro, and print the medians."""
-    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
-        bot = Bot(folder, telegram, MAX_PROCESSES=4)
+    with tempfile.TemporaryDirectory() as folder, watched(folder), StandInTelegram() as telegram:
+        bot = RunningBot(folder, telegram, MAX_PROCESSES=4)
         bot.habits(**SLOW_AGENT)
         bot.start()
         time.sleep(1)
@@ -2753,8 +2756,8 @@ def bench():
         for chunks in (20_000, 40_000):
             report(f"processor time for {chunks} chunks", 0.8 * chunks / 20_000, [chunk_cost(telegram, bot, chunks)], "s")
         bot.kill()
-    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
-        thirty_topics(Bot(folder, telegram, WARM_SECONDS=2).start(), telegram)
+    with tempfile.TemporaryDirectory() as folder, watched(folder), StandInTelegram() as telegram:
+        thirty_topics(RunningBot(folder, telegram, WARM_SECONDS=2).start(), telegram)
     return 0
 
 
@@ -2849,10 +2852,10 @@ PEOPLE, TOPICS_EACH = 50, 4
 
 def load(count=5000):
     """Let everybody write the next message as soon as the last is answered, by an agent that does so at once."""
-    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
+    with tempfile.TemporaryDirectory() as folder, watched(folder), StandInTelegram() as telegram:
         people = [{**ALICE, "id": 2000 + number} for number in range(PEOPLE)]
         (Path(folder) / "agent").write_text(QUICK_AGENT)
-        bot = Bot(folder, telegram, KIRO_COMMAND=f"sh {folder}/agent", MAX_PROCESSES=8, WARM_SECONDS=0,
+        bot = RunningBot(folder, telegram, KIRO_COMMAND=f"sh {folder}/agent", MAX_PROCESSES=8, WARM_SECONDS=0,
                   ALLOWED_TELEGRAM_IDS=",".join(str(person["id"]) for person in people), LOG_LEVEL="WARNING").start()
         try:
             at_start, begun, threads = bot.rss(), time.monotonic(), []
@@ -2898,8 +2901,8 @@ def next_answer(telegram, position):
 def kills(count=50, seed=None):
     """Kill a bot `count` times at random moments under load, and print what became of the messages."""
     seed = random.randrange(10**6) if seed is None else seed
-    with tempfile.TemporaryDirectory() as folder, watched(folder), Telegram() as telegram:
-        bot = Bot(folder, telegram, WARM_SECONDS=3)
+    with tempfile.TemporaryDirectory() as folder, watched(folder), StandInTelegram() as telegram:
+        bot = RunningBot(folder, telegram, WARM_SECONDS=3)
         try:
             begun = time.monotonic()
             figures = Soak(bot, telegram, random.Random(seed)).run(count)
@@ -3020,7 +3023,7 @@ import bot as program
 
 
 def bot_with(constants=None, **settings):
-    """Decorates a test: its `bot` runs with these settings, and hurries with these constants (see Bot.hurry)."""
+    """Decorates a test: its `bot` runs with these settings, and hurries with these constants (see RunningBot.hurry)."""
     def decorate(test):
         test.bot_with = constants or {}, settings
         return test
@@ -3044,15 +3047,15 @@ class Spares:
 
     def __init__(self, folders, tests):
         folders.getbasetemp()  # made now, since two threads at once would both make it
-        self.folders, self.pool, self.lane = folders, ThreadPoolExecutor(2), ThreadPoolExecutor(3)
+        self.folders, self.pool, self.lane = folders, ThreadPoolExecutor(2), ThreadPoolExecutor(6)
         self.tests = [test for test in tests if "bot" in test.fixturenames]
         self.started = {test: self.lane.submit(self.live, test) for test in self.tests
-                        if hasattr(test.function, "ahead")}  # test -> future (Telegram, Bot)
+                        if hasattr(test.function, "ahead")}  # test -> future (StandInTelegram, RunningBot)
 
     def start(self, test):
         constants, settings = getattr(test.function, "bot_with", ({}, {}))
-        telegram = Telegram()
-        bot = Bot(self.folders.mktemp("bot"), telegram, **settings)
+        telegram = StandInTelegram()
+        bot = RunningBot(self.folders.mktemp("bot"), telegram, **settings)
         bot.hurry(**constants)
         return telegram, bot.start()
 
@@ -3096,10 +3099,10 @@ def orderly_run(tmp_path_factory):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # children would inherit that, but not a handler
         signal.signal(signal.SIGINT, lambda *_: None)
     with watched(tmp_path_factory.getbasetemp()):
-        Bot.nursery = Nursery(tmp_path_factory.getbasetemp())
-        Bot.path = f"{stand_in_alone(tmp_path_factory.mktemp('stand-in'))}:{REPO}"
+        RunningBot.nursery = Nursery(tmp_path_factory.getbasetemp())
+        RunningBot.path = f"{stand_in_alone(tmp_path_factory.mktemp('stand-in'))}:{REPO}"
         yield
-        Bot.nursery.close()
+        RunningBot.nursery.close()
 
 
 @pytest.fixture(scope="session")
@@ -3116,13 +3119,13 @@ def wanted(request):
 
 @pytest.fixture
 def spare(request):
-    """(Telegram, a running bot) for tests that want a bot, else None."""
+    """(StandInTelegram, a running bot) for tests that want a bot, else None."""
     return request.getfixturevalue("spares").take(request.node) if "bot" in request.fixturenames else None
 
 
 @pytest.fixture
 def telegram(spare):
-    with spare[0] if spare else Telegram() as telegram:
+    with spare[0] if spare else StandInTelegram() as telegram:
         yield telegram
 
 
@@ -3132,7 +3135,7 @@ def make_bot(tmp_path, telegram):
     bots = []
 
     def make(folder="", **settings):
-        bots.append(Bot(tmp_path / folder, telegram, **settings))
+        bots.append(RunningBot(tmp_path / folder, telegram, **settings))
         return bots[-1]
 
     yield make
@@ -3659,6 +3662,13 @@ def test_the_draft_and_status_say_where_the_turn_is(telegram, bot):
     assert status.startswith(where[:-3]) and "\n☑ Read\n▸ Write the tests\n☐ Mend\nModel: " in status
     bot.open_gate("go")
     telegram.answer("ok", thread=7)
+    settle(bot)
+    script = {"sessionUpdate": "tool_call", "toolCallId": "t1", "title": f"Running: cat <<EOF\n\u202e{'x' * 10_000}\nEOF"}
+    telegram.write(f"!say Now\n{update(script)}!wait on", thread=7)
+    where = "🔧 Running: cat <<EOF \\u202e" + "x" * 123 + "… · "
+    assert telegram.wait_for(DRAFT, containing="🔧 Running: cat", thread=7).text.startswith(f"Now\n\n{where}")
+    assert ask(telegram, "/status").startswith(where)
+    bot.open_gate("on")
     settle(bot)
     assert "in the last turn, 0.0" in ask(telegram, "/status") and "/compact – Summarize" in ask(telegram, "/help")
 
@@ -4502,7 +4512,7 @@ def test_an_agent_that_lists_no_sessions_is_no_obstacle(telegram, bot):
 
 def test_a_session_goes_on_in_a_terminal_and_back(telegram, make_bot, tmp_path):
     bot = make_bot("a folder's", KIRO_COMMAND=named_kiro(tmp_path)).start()
-    assert "none yet" in command(telegram, "/terminal").text
+    assert "\n\nnone yet\n\n" in command(telegram, "/terminal").text
     assert not telegram.buttons(command(telegram, "/status"))
     ask(telegram, "hello")
     bot.wait_wire("in", "session/load")
@@ -4518,6 +4528,16 @@ def test_a_session_goes_on_in_a_terminal_and_back(telegram, make_bot, tmp_path):
     agent.stdin.close()
     agent.wait()
     assert "hello" in ask(telegram, "!recall")
+
+
+@bot_with(WARM_SECONDS=0)
+@ahead
+def test_a_session_that_is_left_to_a_terminal_has_no_dead_lock(telegram, bot):
+    ask(telegram, "hello")
+    telegram.answer("⚠️ Kiro has exited", thread=7, after=telegram.write("!say half\n!kill", thread=7))
+    assert session_path(bot, 7, "lock").exists()
+    command(telegram, "/terminal")
+    assert not session_path(bot, 7, "lock").exists()
 
 
 @ahead
@@ -4577,7 +4597,8 @@ def test_a_session_that_refuses_everything_gets_a_hint(telegram, bot):
     ask(telegram, "hello")
     for number, hint in ((111, False), (222, True)):
         telegram.write(f"!error -32603 ValidationException: image {number} is too large", thread=7)
-        assert ("/new" in telegram.answer(f"image {number}", thread=7).text) is hint
+        told = telegram.answer(f"image {number}", thread=7).text
+        assert ("every message in the same way" in told) is hint and ("Ask again;" in told) is not hint
     for _ in range(2):
         assert "/new" not in ask(telegram, "!error -32603 The request was throttled by the service")
     telegram.write("fine", thread=7)
@@ -4605,7 +4626,8 @@ def test_what_each_process_tells_anew_is_said_once(telegram, bot):
     for n in range(3):
         ask(telegram, f"!raw {failed}\n!say done")
         telegram.answer("done", thread=7, count=n + 1)
-    told = "ℹ️ The MCP server tracker could not be started.\nno"
+    told = ("ℹ️ The MCP server tracker could not be started; Kiro goes on without it. "
+            "Whoever runs this bot can look at it.\nno")
     assert telegram.texts(7) == [told, "done", "done", "done"]
 
 
@@ -4633,11 +4655,11 @@ def test_a_sign_in_link_is_shown_at_once_and_once(telegram, bot):
 
 
 WARM_LINK = """
-old = k.Agent.session_load
+old = k.StandInKiro.session_load
 def session_load(self, request_id, params):
     old(self, request_id, params)
     self.notify("_kiro.dev/mcp/oauth_request", sessionId=params["sessionId"], serverName="warm", oauthUrl="https://id.test/w")
-k.Agent.METHODS["session/load"] = session_load
+k.StandInKiro.METHODS["session/load"] = session_load
 """
 
 
@@ -4766,7 +4788,7 @@ def test_an_edit_counts_when_words_have_changed(telegram, bot):
     stop = telegram.write("/stop", thread=7)
     telegram.answer("Nothing is running", thread=7)
     slip, old_slip = telegram.write("!say stpo", thread=7), telegram.write("!say old", thread=7)
-    answered = telegram.answer("old", thread=7)
+    telegram.answer("old", thread=7)
     settle(bot)
     bot.restart()
     telegram.write("!wait gate\n!say undisturbed", thread=7)
@@ -4796,11 +4818,11 @@ def test_an_edit_counts_when_words_have_changed(telegram, bot):
 
 SOON_STARTED = dict(SESSION_SECONDS=1.5, MODEL_SECONDS=1.5)
 SOON_ENDED = dict(STOP_SECONDS=0.5, END_SECONDS=0.5, TERM_SECONDS=0.3, AFTERWORD_SECONDS=0.4)
-NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'."
+NO_AGENT = "Kiro has no agent 'missing' and uses 'kiro_default'. Whoever runs this bot can look at it."
 AGAIN = ["Ask again", "Drop"]
 
 
-def tell(telegram, text, thread, *answers, timeout=10, **fields):
+def tell(telegram, text, thread, *answers, timeout=20, **fields):
     """Write into the topic, and wait for lasting messages with these texts; returns the last one's call."""
     message = telegram.write(text, thread=thread, **fields)
     return [telegram.answer(answer, thread, after=message, timeout=timeout) for answer in answers][-1]
@@ -5015,14 +5037,17 @@ def turn(name, script, times, offered, texts):
     return pytest.param(script, times, offered, texts, id=name)
 
 
-EXITED = "⚠️ Kiro has exited.\nAsk again; if that does not help, /new starts afresh.\n"
+ENDED = "⚠️ Kiro has exited. If it does so every time, whoever runs this bot has to look at it.\n"
 PROBLEM = "⚠️ Kiro reports a problem.\n"
+EXITED, TROUBLED = (f"{what}Ask again; if that does not help, /new starts afresh.\n" for what in (ENDED, PROBLEM))
 TURNS = [
     turn("exit status and stderr", "!exit 3 boom", 2, True, [f"{EXITED}exit status 3: boom"]),
     turn("exit without an error", "!exit 0", 2, True, [f"{EXITED}exit status 0"]),
     turn("exit with long lines on stderr",
          "!exit 1 INFO: " + 900 * "x" + r"\n\nERROR: " + 900 * "y" + r"\nit broke", 2, True,
          [f"{EXITED}exit status 1: ERROR: {193 * 'y'}; it broke"]),
+    turn("exit with colours", "!exit 1 \x1b[1;31mERROR\x1b[0m it \x1b[1mbroke\x1b[m", 2, True,
+         [f"{EXITED}exit status 1: ERROR it broke"]),
     turn("killed", "!kill", 2, True, [f"{EXITED}signal 9"]),
     turn("killed after a thought", "!thought hm\n!kill", 2, True, [f"{EXITED}signal 9"]),
     turn("killed after text", "!say half\n!kill", 1, True, ["half", f"{EXITED}signal 9"]),
@@ -5031,13 +5056,13 @@ TURNS = [
     turn("killed while a tool runs",
          "!tool execute Running: make\n!kill", 1, True, [f"{EXITED}signal 9"]),
     turn("stdout closed", "!say half\n!close_stdout\n!silence", 1, True, ["half", "⚠️ Kiro has exited"]),
-    turn("silent", "!silence", 1, True, ["⚠️ Kiro said nothing for 2 s"]),
-    turn("silent after text", "!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s"]),
-    turn("a line of 33 MB", "!bigline 33", 1, True, ["⚠️ Kiro has exited.\na line of more than 32 MB"]),
-    turn("error", "!error -32603 The model 'X' is not available", 1, True, [f"{PROBLEM}The model 'X' is not available"]),
+    turn("silent", "!silence", 1, True, ["⚠️ Kiro said nothing for 2 s, so I ended it. Ask again"]),
+    turn("silent after text", "!say half\n!silence", 1, True, ["half", "⚠️ Kiro said nothing for 2 s, so I ended it. Ask again"]),
+    turn("a line of 33 MB", "!bigline 33", 1, True, [f"{ENDED}a line of more than 32 MB"]),
+    turn("error", "!error -32603 The model 'X' is not available", 1, True, [f"{TROUBLED}The model 'X' is not available"]),
     turn("error in an object", "!error_object -32603 Throttled", 1, True,
          [f"{PROBLEM}It may pass. Wait a little, then ask again.\nThrottled"]),
-    turn("error after text", "!say half\n!error -32603 Too long", 1, True, ["half", f"{PROBLEM}Too long"]),
+    turn("error after text", "!say half\n!error -32603 Too long", 1, True, ["half", f"{TROUBLED}Too long"]),
     turn("nothing but a thought", "!thought hm", 1, False, ["Kiro has finished without saying anything."]),
     turn("nothing but a rate limit", "!rate_limit Too many requests", 1, False, ["Too many requests"]),
     turn("turn_end", "!say all\n!turn_end", 1, False, ["all"]),
@@ -5082,7 +5107,7 @@ TURNS = [
     turn("bad agent configuration",
          '!raw {"jsonrpc":"2.0","method":"_kiro.dev/agent/config_error","params":{"error":"no such field"}}\n!say ok',
          1, False, ["Kiro can't read an agent's configuration. Whoever runs this bot has to look at it.\nno such field", "ok"]),
-    turn("refusal", "!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal)."]),
+    turn("refusal", "!say no\n!stop_reason refusal", 1, False, ["no", "ℹ️ Kiro declined to go on (refusal). Ask in other words"]),
     turn("token limit", "!say cut\n!stop_reason max_tokens", 1, False, ["cut", "ℹ️ The answer was cut off"]),
     turn("cancelled by Kiro", "!stop_reason cancelled", 1, True, ["ℹ️ Kiro ended this turn early (cancelled)."]),
     turn("a process holds the pipes", "!spawn pipes\n!say ok", 1, False, ["ok"]),
@@ -5129,8 +5154,8 @@ def turns(request, orderly_run, tmp_path_factory):
         yield
         return
     threads = {script: thread for thread, script in enumerate(cases, 1)}
-    with Telegram() as telegram:
-        bot = Bot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=6)
+    with StandInTelegram() as telegram:
+        bot = RunningBot(tmp_path_factory.mktemp("turns"), telegram, WARM_SECONDS=0, SILENCE_SECONDS=2, MAX_PROCESSES=6)
         bot.hurry(**SOON_ENDED).start()
         for script, thread in threads.items():
             telegram.write(script, thread=thread)
@@ -5271,7 +5296,7 @@ def test_a_lost_session_is_replaced_and_the_loss_is_told(telegram, bot):
     nothing_stays(bot)
 
 
-@bot_with({**SOON_STARTED, "REFUSED_AGAIN_SECONDS": 0.5}, WARM_SECONDS=0, SILENCE_SECONDS=2)
+@bot_with({**SOON_STARTED, "REFUSED_AGAIN_SECONDS": 2}, WARM_SECONDS=0, SILENCE_SECONDS=2)
 @ahead
 def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, bot):
     """Kiro keeps its sessions elsewhere, while the folder where they might be is here, too."""
@@ -5283,10 +5308,10 @@ def test_a_session_out_of_sight_is_lost_only_when_that_is_plain(telegram, bot):
     tell_each(telegram, "!recall", "before: hello", 7, 8)
     none_found = {"error": -32603, "data": {"details": "No previous sessions found for this project."}}
     bot.habits(load=none_found)
-    tell(telegram, "one", 7, f"{PROBLEM}No previous sessions found")
+    tell(telegram, "one", 7, f"{TROUBLED}No previous sessions found")
     refused = time.monotonic()
     tell(telegram, "two", 7, f"{PROBLEM}This session refuses every message in the same way.")  # too soon: the same trouble, perhaps
-    wait_until(lambda: time.monotonic() > refused + 0.6)
+    wait_until(lambda: time.monotonic() > refused + 2.1)
     tell(telegram, "three", 7, f"its history is gone, a new one has begun. The folder is as it was.\nThe old session: {session}",
          "echo: three")
     bot.habits(load={"error": -32603, "message": "Session not found", "data": {"sessionId": session}, "times": 1})
@@ -5340,6 +5365,8 @@ def test_a_lock_is_removed_when_its_process_is_dead_and_respected_when_not(teleg
         tell(telegram, f"!recall {number}", 7, "before: hello")
     assert sleeper.poll() is None
     sleeper.kill(), sleeper.wait(), zombie.wait()
+    session_path(bot, 7, "lock").touch()  # a kill or a full disk has cut it off: it names nobody
+    tell(telegram, "!recall 3", 7, "before: hello")
     stranger = started_agent(bot, 7)
     lock_by(bot, 7, stranger.pid)  # it runs as Kiro: when it began, and what the clock says, does not matter
     card = tell(telegram, "!recall again", 7,
@@ -5429,12 +5456,13 @@ STARTS = [
     ({"start": {"kill": True, "times": 1}}, "echo: hello", False),
     ({"start": {"junk": True, "big_line": 600}}, "echo: hello", False),
     ({"initialize": {"exit": 0, "times": 1}}, "echo: hello", False),
-    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, f"{PROBLEM}no such engine", True),
+    ({"initialize": {"error": -32603, "data": {"message": "no such engine"}}}, f"{TROUBLED}no such engine", True),
     ({"new": {"exit": 0}}, f"{EXITED}exit status 0", True),
     ({"new": {"error": -32000, "message": "Authentication required"}}, "kiro-cli login --use-device-flow", True),
     ({"auth_methods": [{"id": "x", "description": "run agent login"}, 17], "new": {"error": -32000, "message": "Who?"}},
      f"{PROBLEM}It is not logged in. On the server, as the bot's user: run agent login\nWho?", True),
     ({"new": {"junk": True, "big_line": 10000, "stderr": "x" * 300_000}}, "echo: hello", False),
+    ({"new": {"babble": 25_000}}, "echo: hello", False),
     ({"agent_not_found": True}, NO_AGENT, False),
     ({"new": {"hang": True, "times": 1}}, "echo: hello", False),
     ({"start": {"hang": True, "times": 1}}, "echo: hello", False),
@@ -5647,9 +5675,9 @@ def thrown_out(request, orderly_run, tmp_path_factory):
     if not wanted(request):
         yield
         return
-    with Telegram() as telegram:
+    with StandInTelegram() as telegram:
         telegram.fault("getUpdates", status=409, times=2)
-        bot = Bot(tmp_path_factory.mktemp("thrown_out"), telegram).start()
+        bot = RunningBot(tmp_path_factory.mktemp("thrown_out"), telegram).start()
         telegram.write("after the other bot", thread=7)
         yield bot, telegram
         bot.close()
@@ -5661,10 +5689,10 @@ def limited(request, orderly_run, tmp_path_factory):
     if not wanted(request):
         yield
         return
-    with Telegram() as telegram:
+    with StandInTelegram() as telegram:
         telegram.fault("getUpdates", status=429, retry_after=1)
         telegram.fault("getUpdates", status=429)
-        bot = Bot(tmp_path_factory.mktemp("limited"), telegram).hurry(**HASTY).start(wait=False)
+        bot = RunningBot(tmp_path_factory.mktemp("limited"), telegram).hurry(**HASTY).start(wait=False)
         telegram.write("!say hello", thread=7)
         yield bot, telegram
         bot.close()
@@ -5794,11 +5822,14 @@ def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(
     telegram.answer("does not take a part", thread=9)
     telegram.write("/stop", thread=9)
     telegram.answer("given up", thread=9)
-    assert "does not take" not in ask(telegram, "/status", thread=9)
+    wait_until(lambda: "does not take" not in ask(telegram, "/status", thread=9))
     assert not rings(told)
+    telegram.write("!say cut off\n!silence", thread=7)
+    bot.wait_prompt("cut off")
     bot.kill()
     bot.start()
     telegram.answer("does not take a part", thread=7, count=2)
+    telegram.press(telegram.answer("I was interrupted", thread=7), "Drop")
     hits = page.hits
     time.sleep(0.5)
     assert page.hits - hits <= 3
@@ -5808,6 +5839,17 @@ def test_what_telegram_fails_at_goes_in_another_form_or_waits_and_blocks_nobody(
     telegram.write("/stop", thread=9)
     telegram.answer("Nothing is running", thread=9)
     assert telegram.texts(9, containing="stuck") == [] and not bot.database("SELECT * FROM parts")
+
+
+@bot_with(IMPATIENT)
+@ahead
+def test_a_file_that_was_asked_for_and_got_stuck_on_the_way_is_told(telegram, bot):
+    in_workspace(bot, {"a.txt": b"a"}, thread=7)
+    lost = telegram.fault("sendDocument", drop="before", times=None)
+    telegram.write("/get a.txt", thread=7)
+    telegram.answer("/get PATH sends a file of this topic's folder, but it can't be sent.\nConnectionError", thread=7)
+    lost.end()
+    settle(bot)
 
 
 REFUSED_TOPICS = ["Bad Request: TOPIC_CLOSED", "Bad Request: TOPIC_ID_INVALID", "Bad Request: TOPIC_DELETED",
@@ -6111,6 +6153,34 @@ def test_a_card_that_could_not_be_sent_comes_once_it_can(telegram, bot):
     assert times_said(telegram, "I was interrupted") == 1
 
 
+@ahead
+def test_an_answer_behind_a_note_that_could_not_be_sent_is_formatted_after_a_restart(telegram, bot):
+    in_workspace(bot, {"a.txt": b"a"}, thread=7)
+    unreachable = telegram.fault("sendMessage", status=500, times=None)
+    telegram.write(f"!context 85\n!say **bold** {tag('a.txt')}", thread=7)
+    telegram.wait_for("sendMessage", containing="context is used", ok=False, thread=7)
+    bot.kill()
+    unreachable.end()
+    bot.start()
+    telegram.answer("context is used", thread=7)
+    telegram.wait_for("sendDocument", thread=7)
+    assert telegram.answer("bold", thread=7).method == "sendRichMessage" and not times_said(telegram, "send_file")
+
+
+@ahead
+def test_a_turn_that_cannot_be_read_any_more_costs_nobody_else(telegram, bot):
+    for thread in (7, 8):
+        telegram.write("!silence", thread=thread)
+    bot.wait_wire("in", "session/prompt", count=2)
+    bot.kill()
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
+        other.execute("UPDATE inbox SET body = '{}' WHERE thread_id = 7")
+    bot.start()
+    telegram.answer("I was interrupted", thread=8)
+    goes_on(telegram, 7)
+    bot.check = lambda: None  # the log tells of it with a traceback
+
+
 @bot_with(QUICK)
 def test_an_orderly_stop_keeps_what_was_said_and_what_waits(telegram, bot):
     telegram.write("!say the first half\n!silence", thread=7)
@@ -6277,12 +6347,12 @@ def test_nothing_that_kiro_says_beside_its_answer_is_a_flood(telegram, bot):
     telegram.write("!raw_file output", thread=1)
     telegram.write("!raw_file title\n!silence", thread=2)
     telegram.wait_for(DRAFT, containing="session", thread=2)
-    telegram.write("/status", thread=2)
+    assert len(ask(telegram, "/status", thread=2)) < 1000
     telegram.write("!raw_file server\n!say done", thread=3)
     telegram.write("!raw_file commands\n!say done", thread=4)
     telegram.answer("done", thread=4)
     telegram.write("/help", thread=4)
-    for thread in (1, 2, 3, 4):
+    for thread in (1, 3, 4):
         telegram.answer("more characters are not shown", thread=thread)
     bot.habits(prompt={"error": -32603, "message": "Internal error", "data": much, "times": 1})
     telegram.write("hello", thread=1)
@@ -6360,6 +6430,45 @@ def test_a_database_that_somebody_holds_while_kiro_starts_costs_nothing(telegram
     telegram.write("/new", thread=7)
     telegram.answer("A new session", thread=7)
     assert len(bot.prompts()) == 1
+
+
+@bot_with(dict(JOURNAL_RETRY_SECONDS=2, FRAME_SECONDS=0.05))
+@ahead
+def test_a_command_whose_note_the_database_refuses_is_tried_again_with_pauses(telegram, bot):
+    ask(telegram, "hello")
+    settle(bot)
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
+        other.execute("CREATE TRIGGER full BEFORE UPDATE ON sessions BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+        before = len(bot.wire("in", "session/new"))
+        began = time.monotonic()
+        telegram.write("/new", thread=7)
+        bot.wait_wire("in", "session/new", count=before + 2)
+        assert time.monotonic() - began > 2
+        other.execute("DROP TRIGGER full")
+    telegram.answer("A new session", thread=7)
+    goes_on(telegram, 7)
+
+
+@bot_with(dict(JOURNAL_RETRY_SECONDS=0.3))
+@ahead
+def test_what_was_taken_back_or_stopped_while_the_disk_was_full_does_not_come_back(telegram, bot):
+    telegram.write("!wait go\n!say over", thread=7)
+    bot.wait_prompt("over")
+    taken_back = telegram.write("taken back", thread=7)
+    telegram.wait_until(lambda: telegram.is_acknowledged(taken_back))
+    telegram.write("/status", thread=7)
+    status = telegram.answer("Waiting: taken back", thread=7)
+    with contextlib.closing(sqlite3.connect(bot.folder / "tg-acp.db", isolation_level=None)) as other:
+        other.execute("CREATE TRIGGER full BEFORE UPDATE ON inbox WHEN new.state = 'done' BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+        telegram.press(status, "Remove")
+        telegram.answer("Removed.", thread=7)
+        telegram.write("/stop", thread=7)
+        telegram.answer("⏹ Stopped.", thread=7)
+        other.execute("DROP TRIGGER full")
+    settle(bot)
+    bot.restart()
+    goes_on(telegram, 7)
+    assert not any("taken back" in prompt for prompt in bot.prompts())
 
 
 @bot_with(dict(BUSY_SECONDS=1, JOURNAL_RETRY_SECONDS=0.3))
@@ -6446,7 +6555,7 @@ def test_a_folder_that_cannot_be_written_is_named(make_bot):
     assert result.returncode == 2 and "WORKSPACE_BASE_PATH" in said
     environment = {**bot.environment(), **bot.settings, "WORKSPACE_BASE_PATH": str(bot.folder / "workspaces")}
     result = subprocess.run(bot.command(), cwd=f"/proc/{os.getpid()}", env=environment, capture_output=True,
-                            text=True, timeout=10)
+                            text=True, timeout=20)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "tg-acp.db can't be used" in result.stderr
 
 
@@ -6867,7 +6976,10 @@ esac
 @ahead
 def test_what_is_said_in_a_voice_note_goes_to_kiro_and_is_shown(telegram, bot):
     def sleeps():
-        return any(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bot.agents())
+        for pid in bot.agents():
+            with contextlib.suppress(OSError):  # it may end while it is looked at
+                if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
 
     bot.restart(TRANSCRIBE_COMMAND=str(bot.folder / "transcribe"))
     telegram.send_file("voice", b"fine", thread=1)
@@ -7304,7 +7416,7 @@ def toast(telegram, query):
 
 def patched_kiro(folder, code):
     """A KIRO_COMMAND for the stand-in with a change in it; `code` sees the module as `k`."""
-    (folder / "agent.py").write_text(f"import test_sessions as k\n{code}\nk.Agent().run()\n")
+    (folder / "agent.py").write_text(f"import test_sessions as k\n{code}\nk.StandInKiro().run()\n")
     return shlex.join([sys.executable, str(folder / "agent.py")])
 
 
@@ -7382,10 +7494,10 @@ def test_nobody_is_waited_for_without_end_and_less_long_while_others_wait(telegr
 
 
 SLOW_TO_ACT = """
-def act_on(self, kind, act=k.Turn.act_on):
+def act_on(self, kind, act=k.PlayedTurn.act_on):
     self.agent.wait_for_gate("act", self.pause)
     act(self, kind)
-k.Turn.act_on = act_on
+k.PlayedTurn.act_on = act_on
 """
 
 
@@ -7610,6 +7722,14 @@ def test_a_question_may_be_answered_before_telegram_has_confirmed_it(telegram, b
     telegram.answer('elicited: accept {"name": "Ann"}', thread=7)
 
 
+def test_a_question_that_cannot_be_shown_is_told_with_the_answer(telegram, bot):
+    many = {"type": "string", "enum": [f"option {n}" for n in range(150)]}
+    telegram.write(elicit("Which?", {"x": many}) + "!say end", thread=7)
+    told = telegram.answer("so it was refused. Ask Kiro to do it in another way.\n❓ Kiro asks: Which?\nx\n400 Bad", thread=7)
+    assert told.params["disable_notification"]
+    telegram.answer("elicited: cancel null\nend", thread=7)
+
+
 def test_a_server_that_knows_no_colours_gets_none(telegram, bot):
     telegram.fault("sendMessage", status=400, description="Bad Request: field style is unknown", times=None,
                    when=lambda call: "style" in json.dumps(call.params.get("reply_markup", {})))
@@ -7622,12 +7742,12 @@ def test_a_server_that_knows_no_colours_gets_none(telegram, bot):
 
 
 ODD_OPTIONS = """
-def update(self, update, old=k.Turn.update):
+def update(self, update, old=k.PlayedTurn.update):
     if "rawInput" in update:
         update.update(title="Clean up", rawInput={"command": "rm -rf ~"})
     old(self, update)
-k.Turn.update = update
-k.Turn.options = lambda self: [dict(optionId=7, name="Go", kind="allow_always"),
+k.PlayedTurn.update = update
+k.PlayedTurn.options = lambda self: [dict(optionId=7, name="Always allow " + 9 * "word " + "to the end", kind="allow_always"),
                                dict(optionId="x" * 99, name=" ", kind="odd")]
 """
 
@@ -7637,6 +7757,7 @@ def test_the_command_itself_is_shown_and_odd_options_do_no_harm(telegram, make_b
     telegram.write("!ask Running: something harmless", thread=7)
     asked = question(telegram, "rm -rf ~")
     assert "Clean up" in asked.text and len(telegram.buttons(asked)) == 2
+    assert asked.text.endswith("word to the end")  # which its button does not show
     telegram.press(asked, 0)
     telegram.answer("permission: allow_always", thread=7)
 
@@ -7710,6 +7831,14 @@ def test_an_answer_takes_in_what_kiro_says():
     assert [part["text"] for part in parts] == ["note", "one two\n\nthree"] and parts[1]["end"] == "⏹ Stopped."
 
 
+def test_messages_of_an_agent_are_set_apart():
+    answer = program.Answer()
+    for number, text in ((1, "one"), (1, " more"), (2, "two"), (None, " too")):
+        answer.hear("session/update", {"update": {"sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": text},
+                                                  **({"messageId": number} if number else {})}})
+    assert answer.text() == "one more\n\ntwo too"
+
+
 def test_a_question_shows_what_the_call_said_before_too():
     answer = program.Answer()
     block = {"type": "content", "content": {"type": "text", "text": "echo begun; sleep 61"}}
@@ -7743,8 +7872,8 @@ def test_an_answer_that_is_nothing_but_a_tool_call_says_what_that_said():
     assert before == 0 and len(answer._tools) <= program.TOOLS_KEPT
 
 
-ONLY_NO = "k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]"
-NO_AND_ALWAYS = ("k.Turn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once'), "
+ONLY_NO = "k.PlayedTurn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once')]"
+NO_AND_ALWAYS = ("k.PlayedTurn.options = lambda self: [dict(optionId='n', name='No', kind='reject_once'), "
                  "dict(optionId=3, name='Ok', kind='allow_always')]")
 
 
@@ -7864,6 +7993,22 @@ def test_a_new_session_that_could_not_be_told_is_not_made_again(telegram, bot):
     assert {row["state"] for row in bot.database("SELECT state FROM inbox")} == {"done"}
 
 
+def test_what_follows_new_goes_once_whatever_ends_the_bot_and_with_what_it_replies_to(telegram, bot):
+    quoted = telegram.write("the quoted words", thread=7)
+    telegram.answer("the quoted words", thread=7)
+    settle(bot)
+    unsaid = telegram.fault("sendMessage", status=500, times=None)
+    telegram.write("/new do this", thread=7, reply_to=quoted)
+    telegram.wait_for("sendMessage", ok=False, containing="A new session", thread=7)
+    bot.kill()
+    unsaid.end()
+    bot.start()
+    telegram.answer("do this", thread=7)
+    settle(bot)
+    [prompt] = [prompt for prompt in bot.prompts() if "do this" in prompt]
+    assert prompt.count("do this") == 1 and "the quoted words" in prompt
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The tests: the first five minutes
 # ---------------------------------------------------------------------------------------------------------
@@ -7890,7 +8035,7 @@ def test_in_the_journal_lines_have_no_time_of_their_own(make_bot):
     bot = make_bot()
     log = bot.log_path.stat()
     for stream, pattern in ((f"{log.st_dev}:{log.st_ino}", r"INFO Kiro: "), ("1:2", r"\d{4}-\d\d-\d\d .* INFO Kiro: ")):
-        bot.environment = lambda usual=Bot.environment, stream=stream: {**usual(bot), "JOURNAL_STREAM": stream}
+        bot.environment = lambda usual=RunningBot.environment, stream=stream: {**usual(bot), "JOURNAL_STREAM": stream}
         bot.log_path.write_text("")
         bot.start()
         assert re.search(f"^{pattern}", bot.log(), re.M)
@@ -7908,6 +8053,8 @@ def test_a_check_finds_everything_in_order(telegram, make_bot):
 TROUBLES = [
     (dict(KIRO_COMMAND="no-such-kiro acp"), "FAIL  Kiro: KIRO_COMMAND: no-such-kiro is not found"),
     (dict(KIRO_COMMAND="sh -c 'echo error: You are not logged in >&2; exit 1'"), "kiro-cli login --use-device-flow"),
+    (dict(KIRO_COMMAND=r"""sed -u 's/.*"id": \([0-9]*\).*/{"id": \1, "result": null}/'"""),
+     "FAIL  Handshake: Kiro reports a problem.\n"),
     (dict(TELEGRAM_API_URL="http://127.0.0.1:9"), "FAIL  Bot: Telegram can't be reached"),
     (dict(BOT_TOKEN="123456:another-token"), "FAIL  Bot: BOT_TOKEN is not accepted"),
 ]
@@ -7964,7 +8111,7 @@ def test_ctrl_c_stops_a_turn_of_the_console(telegram, bot):
         bot.wait_prompt("!silence")
         console.send_signal(signal.SIGINT)
         bot.wait_prompt("next")
-        out, _ = console.communicate(timeout=10)
+        out, _ = console.communicate(timeout=20)
     assert console.returncode == 0
     assert "so far" in out and "Stopped" in out and "echo: next" in out
 
