@@ -3898,7 +3898,7 @@ class Topic:
         named_file = harmless_name(os.path.basename(path)), file       # safe for its headers [tg 4]
         how = {"seconds": ANSWER_SECONDS, "caption": caption, "disable_notification": silent}
         try:
-            if image_type(head) in ("image/png", "image/jpeg", "image/webp"):
+            if image_type(head):
                 return self._post(apihelper.send_photo, named_file, **how)
         except Refused:
             pass
@@ -3909,10 +3909,10 @@ def _multipart(fields, field, named_file):
     """Return the body of a request with a file, read piece by piece, and its type: requests would hold it all in memory."""
     name, file = named_file
     body, content_type = urllib3.encode_multipart_formdata({**fields, field: (name, b"")})
-    head, *tail = body.rpartition(b"\r\n--")     # the file is the last field
+    head, *end = body.rpartition(b"\r\n--")      # the file is the last field
     pieces = file.seek(0, os.SEEK_END) // CHUNK + 1     # it may grow faster than it is sent
     file.seek(0)
-    return itertools.chain([head], itertools.islice(iter(lambda: file.read(CHUNK), b""), pieces), tail), content_type
+    return itertools.chain([head], itertools.islice(iter(lambda: file.read(CHUNK), b""), pieces), end), content_type
 
 
 # ======================================================================================================================

@@ -2365,8 +2365,9 @@ class Nursery:
     def __init__(self, folder):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:  # the mark in the environment is for watched()
-            self.process = subprocess.Popen([sys.executable, "-m", Path(__file__).stem, "nursery"], stdin=theirs, start_new_session=True, cwd=folder,
-                                            env={**os.environ, "PYTHONPATH": str(REPO), "KIRO_STAND_IN": f"{folder}/nursery"})
+            environment = {**os.environ, "PYTHONPATH": str(REPO), "KIRO_STAND_IN": f"{folder}/nursery"}
+            self.process = subprocess.Popen([sys.executable, "-m", Path(__file__).stem, "nursery"], stdin=theirs,
+                                            start_new_session=True, cwd=folder, env=environment)
         self.requests = ours
 
     def bear(self, statements, arguments, cwd, environment, streams):
@@ -2374,7 +2375,8 @@ class Nursery:
         ours, theirs = socket.socketpair()
         with theirs:
             request = json.dumps([statements, arguments, str(cwd), environment]).encode()
-            socket.send_fds(self.requests, [request], [streams[name].fileno() for name in ("stdin", "stdout", "stderr")] + [theirs.fileno()])
+            files = *(streams[name] for name in ("stdin", "stdout", "stderr")), theirs
+            socket.send_fds(self.requests, [request], [file.fileno() for file in files])
         return Newborn(ours)
 
     def close(self):
@@ -2508,6 +2510,7 @@ class RunningBot:
         streams = dict(stdin=stdin, stdout=stdout, stderr=stderr)
         if self.nursery and "command" not in vars(self):
             return self.nursery.bear(self.statements, arguments, self.folder, self.environment(), streams)
+        assert not self.statements, "only a bot from the nursery can be changed or hurried"
         return subprocess.Popen(self.command(*arguments), cwd=self.folder, env=self.environment(), **streams)
 
     def start(self, wait=True, **settings):
